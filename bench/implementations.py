@@ -1,0 +1,251 @@
+"""Every operation that is measured, and everyone who implements it: ours, torch's, and peers where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+import fastloss
+from common import TINY, Group
+
+Call = Callable[[], object]
+Loss = Callable[..., Tensor]
+
+
+@dataclass
+class Case:
+    """The implementations of one group as calls without arguments, over operands they share."""
+
+    calls: dict[str, Call]
+    operands: tuple[Tensor, ...]
+    nbytes: int  # the fewest bytes of large matrices that must move
+    flops: int
+    gradient_bytes: int = 0  # what stays after the call
+    accumulator_bytes: int = 0  # a float32 dW, where the gradient itself is 16 bits wide
+    logits_bytes: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> str:
+        """The implementation whose ratios are kept: our preferred backend."""
+        return next(name for name in self.calls if name.startswith("fastloss"))
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Name the backend by the environment: the autograd threads of a GPU do not see the caller's context variables."""
+    before = os.environ.get("FASTLOSS_BACKEND")
+    os.environ["FASTLOSS_BACKEND"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FASTLOSS_BACKEND"]
+        else:
+            os.environ["FASTLOSS_BACKEND"] = before
+
+
+def on_backend(name: str, call: Call) -> Call:
+    def run() -> object:
+        with backend(name):
+            return call()
+
+    return run
+
+
+def ours(device: str, call: Call) -> dict[str, Call]:
+    """`call` on each of our backends that has a kernel for it here; on the reference where none has."""
+    found = {}
+    for name in fastloss.registry.ORDER[device]:
+        if name == "reference" and found:
+            break
+        run = on_backend(name, call)
+        try:
+            run()
+        except fastloss.BackendError:
+            continue
+        found[f"fastloss-{name}"] = run
+    return found
+
+
+def peer(device: str, module: str, attribute: str) -> Any:
+    """module.attribute where it can be imported and has a GPU to run on, else None."""
+    if device != "cuda":
+        return None
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, RuntimeError):
+        return None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, backend="eager" if TINY else "inductor")
+
+
+def training_step(loss: Loss, *leaves: Tensor) -> Call:
+    """Forward and backward into fresh gradients."""
+
+    def call() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        value = loss()
+        value.backward()
+        return value
+
+    return call
+
+
+def cross_entropy(group: Group) -> Case:
+    """Loss of logits that exist; one read and one write."""
+    z, y = common.logits(group)
+    z.requires_grad_()
+    fast = compiled(F.cross_entropy)
+    calls = {
+        "torch": training_step(lambda: F.cross_entropy(z, y), z),
+        "torch_compile": training_step(lambda: fast(z, y), z),
+        **ours(group.device, training_step(lambda: fastloss.cross_entropy(z, y), z)),
+    }
+    if liger := peer(group.device, "liger_kernel.transformers.functional", "liger_cross_entropy"):
+        copy = torch.empty_like(z)  # it writes the gradient over its input, which the others still need
+
+        def liger_step() -> Tensor:
+            leaf = copy.copy_(z.detach()).detach().requires_grad_()
+            value = liger(leaf, y)
+            value.backward()
+            return value
+
+        calls["liger"] = liger_step
+    if quack := peer(group.device, "quack.cross_entropy", "cross_entropy"):
+        calls["quack"] = training_step(lambda: quack(z, y, reduction="mean"), z)
+    size = z.nbytes
+    return Case(calls, (z, y), 2 * size, 0, gradient_bytes=size, logits_bytes=size)
+
+
+def linear_cross_entropy(group: Group) -> Case:
+    """Loss of a linear head; three GEMMs. "gemms" is these three alone, into outputs that exist."""
+    n, d, v = group.shape
+    x, w, y = common.head(group)
+    x.requires_grad_()
+    w.requires_grad_()
+
+    def eager() -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
+
+    fast = compiled(lambda x, w, y: F.cross_entropy(F.linear(x, w), y))
+    calls: dict[str, Call] = {
+        "gemms": gemms(x.detach(), w.detach()),
+        "torch": training_step(eager, x, w),
+        "torch_compile": training_step(lambda: fast(x, w, y), x, w),
+        **ours(group.device, training_step(lambda: fastloss.linear_cross_entropy(x, w, y), x, w)),
+    }
+    if options := getattr(torch.nn, "LinearCrossEntropyOptions", None):
+        chunked = options(acc_policy="accurate")
+        calls["torch_chunked"] = training_step(lambda: F.linear_cross_entropy(x, w, y, options=chunked), x, w)
+    if liger := peer(
+        group.device, "liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"
+    ):
+
+        def liger_loss() -> Tensor:
+            out = liger.apply(x, w, y)
+            return out[0] if isinstance(out, tuple) else out
+
+        calls["liger"] = training_step(liger_loss, x, w)
+    if cce := peer(group.device, "cut_cross_entropy", "linear_cross_entropy"):
+        calls["cce"] = training_step(lambda: cce(x, w, y), x, w)
+    if quack := peer(group.device, "quack.linear_cross_entropy", "chunked_linear_cross_entropy"):
+        calls["quack"] = training_step(lambda: quack(x, w, y), x, w)
+    size = x.element_size()
+    return Case(
+        calls, (x, w, y), 2 * (x.nbytes + w.nbytes), 6 * n * d * v, gradient_bytes=x.nbytes + w.nbytes,
+        accumulator_bytes=0 if size == 4 else 4 * v * d, logits_bytes=n * v * size,
+    )  # fmt: skip
+
+
+def gemms(x: Tensor, w: Tensor) -> Call:
+    """The arithmetic of a training step alone: logits, dX and dW by the library's GEMM into memory that is there."""
+    buffers: list[Tensor] = []
+
+    def call() -> None:
+        if not buffers:  # allocated when first called: a memory probe of someone else must not see them
+            buffers.extend((x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)))
+        z, dx, dw = buffers
+        torch.mm(x, w.T, out=z)
+        torch.mm(z, w, out=dx)
+        torch.mm(z.T, x, out=dw)
+
+    return call
+
+
+def row_stats(group: Group) -> Case:
+    """The row kernel by its ops, without autograd. "copy" moves the same bytes; "torch" computes as much by one call."""
+    n = group.shape[0]
+    z, y = common.logits(group)
+    ops = torch.ops.fastloss
+    none = (None,) * 3
+    stats, argmax = ops.row_stats(z, y)
+    coef = torch.zeros(7, n, dtype=stats.dtype, device=z.device)
+    coef[0], coef[1] = -1.0 / n, 1.0 / n
+    epilogue = torch.zeros(4, n, dtype=stats.dtype, device=z.device)
+    epilogue[0] = 1.0 / n
+    mine: dict[str, Call] = {
+        "stats": lambda: ops.row_stats(z, y),
+        "gradient": lambda: ops.row_stats_backward(coef, stats, argmax, z, y),
+        "both": lambda: ops.cross_entropy(z, y, None, None, epilogue),
+        "entropy": lambda: ops.row_stats(z, y, *none, want=1),
+    }
+    theirs: dict[str, Call] = {
+        "stats": lambda: torch.logsumexp(z, 1),
+        "gradient": lambda: torch.softmax(z, 1),
+        "both": lambda: torch.log_softmax(z, 1),
+        "entropy": lambda: torch.special.entr(torch.softmax(z, 1)).sum(1),
+    }
+    target = torch.empty_like(z)
+    calls: dict[str, Call] = {"torch": theirs[group.mode], **ours(group.device, mine[group.mode])}
+    reads_only = group.mode in ("stats", "entropy")
+    if not reads_only:
+        calls["copy"] = lambda: target.copy_(z)
+    size = z.nbytes
+    return Case(calls, (z, y), size if reads_only else 2 * size, 0, 0 if reads_only else size, 0, size)
+
+
+def focal(group: Group) -> Case:
+    """A loss of the user's own over row_stats, forward and backward (mode L, kStats then kGradient)."""
+    z, y = common.logits(group)
+    z.requires_grad_()
+
+    def rows(s: fastloss.RowStats) -> Tensor:
+        return s.log1mp.exp().square() * s.nll
+
+    def eager(z: Tensor, y: Tensor) -> Tensor:
+        nll = F.cross_entropy(z.float(), y, reduction="none")
+        return ((1 - torch.exp(-nll)).square() * nll).mean()
+
+    fast = compiled(eager)
+    calls = {
+        "torch": training_step(lambda: eager(z, y), z),
+        "torch_compile": training_step(lambda: fast(z, y), z),
+        **ours(group.device, training_step(lambda: fastloss.row_loss(z, y, rows), z)),
+    }
+    size = z.nbytes
+    return Case(calls, (z, y), 3 * size, 0, gradient_bytes=size, logits_bytes=size)
+
+
+CASES: dict[str, Callable[[Group], Case]] = {
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+    "row_stats": row_stats,
+    "focal": focal,
+}
+
+
+def build(group: Group) -> Case:
+    return CASES[group.op](group)

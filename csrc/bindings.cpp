@@ -1,0 +1,194 @@
+// Python names of the kernels. Pointers arrive as integers (tensor.data_ptr()); python/fastloss has the checks.
+#include <pybind11/pybind11.h>
+
+#include "cpu/cpu.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/kept_memory.h"
+#include "cpu/linear_cross_entropy.h"
+#include "cpu/targets.h"
+#include "fastloss.h"
+#ifdef FASTLOSS_CUDA
+#include "cuda/cuda.h"
+#endif
+
+namespace py = pybind11;
+using namespace fastloss;
+
+namespace {
+
+template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
+
+// A block of kept memory as a Python buffer: a tensor over it gives it back when the tensor's storage dies.
+struct Memory {
+  explicit Memory(size_t size) : bytes(size), address(take_memory(size)) {}
+  ~Memory() { give_memory(address, bytes); }
+  Memory(const Memory &) = delete;
+  Memory &operator=(const Memory &) = delete;
+  size_t bytes;
+  void *address;
+};
+
+RowStats row_stats_of(int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight,
+                      uintptr_t temperature, uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits,
+                      int64_t n, int64_t v, int64_t ld, int64_t ld_prob, int64_t ld_out, int64_t ignore_index,
+                      int dtype, int prob_dtype, int want, float scale, float softcap) {
+  return {pointer<void>(logits),
+          pointer<int64_t>(target),
+          pointer<void>(prob),
+          pointer<float>(column_weight),
+          pointer<float>(temperature),
+          pointer<float>(row),
+          pointer<float>(stats),
+          pointer<int64_t>(argmax),
+          pointer<void>(dlogits),
+          n,
+          v,
+          ld,
+          ld_prob,
+          ld_out,
+          ignore_index,
+          dtype,
+          prob_dtype,
+          mode,
+          want,
+          scale,
+          softcap,
+          nullptr};
+}
+
+} // namespace
+
+LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
+                             uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
+                             int64_t n, int64_t d, int64_t v, int64_t ldx, int64_t ldw, int64_t ignore_index,
+                             int64_t max_extra_bytes, int dtype, int want, float scale, float softcap) {
+  return {pointer<void>(x),
+          pointer<void>(w),
+          pointer<float>(bias),
+          pointer<int64_t>(target),
+          pointer<float>(column_weight),
+          pointer<float>(epilogue),
+          pointer<float>(stats),
+          pointer<void>(dx),
+          pointer<void>(dw),
+          pointer<float>(dbias),
+          nullptr,
+          n,
+          d,
+          v,
+          ldx,
+          ldw,
+          ignore_index,
+          max_extra_bytes,
+          dtype,
+          want,
+          scale,
+          softcap};
+}
+
+// One keyword for each field of RowStats, in the order of row_stats_of.
+#define ROW_STATS_KEYWORDS                                                                                             \
+  py::arg("mode"), py::arg("logits"), py::arg("target"), py::arg("prob"), py::arg("column_weight"),                    \
+      py::arg("temperature"), py::arg("row"), py::arg("stats"), py::arg("argmax"), py::arg("dlogits"), py::arg("n"),   \
+      py::arg("v"), py::arg("ld"), py::arg("ld_prob"), py::arg("ld_out"), py::arg("ignore_index"), py::arg("dtype"),   \
+      py::arg("prob_dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap")
+
+// And of LinearCrossEntropy.
+#define LINEAR_KEYWORDS                                                                                                \
+  py::kw_only(), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("target"), py::arg("column_weight"),             \
+      py::arg("epilogue"), py::arg("stats"), py::arg("dx"), py::arg("dw"), py::arg("dbias"), py::arg("n"),             \
+      py::arg("d"), py::arg("v"), py::arg("ldx"), py::arg("ldw"), py::arg("ignore_index"), py::arg("max_extra_bytes"), \
+      py::arg("dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"), py::arg("isa")
+
+PYBIND11_MODULE(_C, m) {
+  py::class_<Memory>(m, "Memory", py::buffer_protocol())
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer([](Memory &memory) {
+        return py::buffer_info(memory.address, 1, py::format_descriptor<uint8_t>::format(), py::ssize_t(memory.bytes));
+      });
+  m.def("keep_memory", &keep_memory, py::arg("limit"));
+  m.def("best_isa", &best_isa);
+  m.def("isa_name", &isa_name, py::arg("isa"));
+  m.def(
+      "first_bad_target",
+      [](uintptr_t target, int64_t n, int64_t v, int64_t ignore_index) {
+        return first_bad_target(pointer<int64_t>(target), n, v, ignore_index);
+      },
+      py::arg("target"), py::arg("n"), py::arg("v"), py::arg("ignore_index"));
+  m.def("cross_entropy_epilogue",
+        [](uintptr_t target, uintptr_t class_weight, int64_t n, int64_t v, int64_t ignore_index, double label_smoothing,
+           double z_loss, bool mean, uintptr_t epilogue) {
+          return cross_entropy_epilogue({pointer<int64_t>(target), pointer<float>(class_weight), n, v, ignore_index,
+                                         label_smoothing, z_loss, mean},
+                                        pointer<float>(epilogue));
+        });
+  m.def("cross_entropy_loss",
+        [](uintptr_t target, uintptr_t class_weight, int64_t n, int64_t v, int64_t ignore_index, double label_smoothing,
+           double z_loss, bool mean, uintptr_t epilogue, uintptr_t stats) {
+          return cross_entropy_loss({pointer<int64_t>(target), pointer<float>(class_weight), n, v, ignore_index,
+                                     label_smoothing, z_loss, mean},
+                                    pointer<float>(epilogue), pointer<float>(stats));
+        });
+  m.def(
+      "row_stats_cpu",
+      [](int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight, uintptr_t temperature,
+         uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits, int64_t n, int64_t v, int64_t ld,
+         int64_t ld_prob, int64_t ld_out, int64_t ignore_index, int dtype, int prob_dtype, int want, float scale,
+         float softcap, int isa) {
+        RowStats args =
+            row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax, dlogits, n, v, ld,
+                         ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale, softcap);
+        py::gil_scoped_release release;
+        row_stats_cpu(args, isa);
+      },
+      ROW_STATS_KEYWORDS, py::arg("isa"));
+  m.def(
+      "linear_cross_entropy_cpu",
+      [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
+         uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
+         int64_t ldw, int64_t ignore_index, int64_t max_extra_bytes, int dtype, int want, float scale, float softcap,
+         int isa) {
+        LinearCrossEntropy args = linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias, n, d, v,
+                                            ldx, ldw, ignore_index, max_extra_bytes, dtype, want, scale, softcap);
+        py::gil_scoped_release release;
+        linear_cross_entropy_cpu(args, isa);
+      },
+      LINEAR_KEYWORDS);
+  m.def(
+      "linear_cross_entropy_why_not", // None, or the reason
+      [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
+         uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
+         int64_t ldw, int64_t ignore_index, int64_t max_extra_bytes, int dtype, int want, float scale, float softcap,
+         int isa) {
+        return linear_cross_entropy_why_not(linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias,
+                                                      n, d, v, ldx, ldw, ignore_index, max_extra_bytes, dtype, want,
+                                                      scale, softcap),
+                                            isa);
+      },
+      LINEAR_KEYWORDS);
+#ifdef FASTLOSS_CUDA
+  m.attr("cuda") = true;
+  m.attr("archs") = FASTLOSS_ARCHS;
+  m.def("device_count", &device_count);
+  m.def("device_info", &device_info, py::arg("device"));
+  m.def( // a launch takes microseconds: the GIL stays
+      "row_stats_cuda",
+      [](int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight, uintptr_t temperature,
+         uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits, int64_t n, int64_t v, int64_t ld,
+         int64_t ld_prob, int64_t ld_out, int64_t ignore_index, int dtype, int prob_dtype, int want, float scale,
+         float softcap, int device, uintptr_t stream, uintptr_t upstream) {
+        RowStats args =
+            row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax, dlogits, n, v, ld,
+                         ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale, softcap);
+        args.upstream = pointer<float>(upstream);
+        row_stats_cuda(args, device, pointer<void>(stream));
+      },
+      ROW_STATS_KEYWORDS, py::arg("device"), py::arg("stream"), py::arg("upstream"));
+  m.def("scale_cuda", [](uintptr_t x, int dtype, int64_t n, uintptr_t factor, int device, uintptr_t stream) {
+    scale_cuda(pointer<void>(x), dtype, n, pointer<float>(factor), device, pointer<void>(stream));
+  });
+#else
+  m.attr("cuda") = false;
+  m.attr("archs") = "";
+#endif
+}

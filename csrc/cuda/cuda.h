@@ -1,0 +1,42 @@
+// The CUDA backend: launchers on raw device pointers, and what device there is. No torch, no CUDA header.
+#pragma once
+#include "fastloss.h"
+
+#include <cstddef>
+#include <string>
+
+namespace fastloss {
+
+// What a plan depends on.
+struct DeviceLimits {
+  int multiprocessors;
+  int max_cluster;         // blocks that can share a row: 1 below sm_90
+  size_t shared_per_block; // bytes of dynamic shared memory that a block may have
+  size_t shared_per_multiprocessor;
+};
+
+int device_count();                  // 0 where there is no driver
+std::string device_info(int device); // "NVIDIA H200, sm_90, 132 multiprocessors, 139 GiB"
+const DeviceLimits &device_limits(int device);
+
+// How the rows of one call are dealt to blocks.
+struct RowStatsPlan {
+  int threads;  // of a block
+  int slices;   // blocks that share a row
+  bool cluster; // they run as one cluster, as they must where they exchange statistics
+  bool keep;    // the row stays in shared memory between the passes; else it is read again, from L2 if we are lucky
+  int64_t rows_per_launch; // a grid has at most 2^31 - 1 blocks
+};
+
+// Null, or why row_stats_cuda cannot run this.
+const char *row_stats_cuda_why_not(const RowStats &);
+RowStatsPlan row_stats_plan(const RowStats &, const DeviceLimits &);
+void row_stats_launch(const RowStats &, const RowStatsPlan &, void *stream);
+// Runs on `stream` of `device`, without a synchronisation or an allocation. A launch that fails is a
+// std::runtime_error.
+void row_stats_cuda(const RowStats &, int device, void *stream);
+
+// x[0..n) *= *factor in place, a number on the device; where it is 1, nothing is read or written.
+void scale_cuda(void *x, int dtype, int64_t n, const float *factor, int device, void *stream);
+
+} // namespace fastloss

@@ -1,0 +1,47 @@
+"""The compiled extension: pointers (tensor.data_ptr()) and sizes in, nothing out. csrc/fastloss.h says what each is."""
+
+cuda: bool
+archs: str
+
+class Memory:
+    """A block of bytes, a buffer, that goes back to the kept memory when nothing refers to it."""
+
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def keep_memory(limit: int) -> int: ...
+def best_isa() -> int: ...
+def isa_name(isa: int) -> str: ...
+def first_bad_target(target: int, n: int, v: int, ignore_index: int) -> int: ...
+def cross_entropy_epilogue(
+    target: int, class_weight: int, n: int, v: int, ignore_index: int, label_smoothing: float, z_loss: float, mean: bool,
+    epilogue: int,
+) -> float: ...  # fmt: skip
+def cross_entropy_loss(
+    target: int, class_weight: int, n: int, v: int, ignore_index: int, label_smoothing: float, z_loss: float, mean: bool,
+    epilogue: int, stats: int,
+) -> float: ...  # fmt: skip
+def row_stats_cpu(
+    *, mode: int, logits: int, target: int, prob: int, column_weight: int, temperature: int, row: int, stats: int,
+    argmax: int, dlogits: int, n: int, v: int, ld: int, ld_prob: int, ld_out: int, ignore_index: int, dtype: int,
+    prob_dtype: int, want: int, scale: float, softcap: float, isa: int,
+) -> None: ...  # fmt: skip
+def linear_cross_entropy_cpu(
+    *, x: int, w: int, bias: int, target: int, column_weight: int, epilogue: int, stats: int, dx: int, dw: int,
+    dbias: int, n: int, d: int, v: int, ldx: int, ldw: int, ignore_index: int, max_extra_bytes: int, dtype: int,
+    want: int, scale: float, softcap: float, isa: int,
+) -> None: ...  # fmt: skip
+def linear_cross_entropy_why_not(
+    *, x: int, w: int, bias: int, target: int, column_weight: int, epilogue: int, stats: int, dx: int, dw: int,
+    dbias: int, n: int, d: int, v: int, ldx: int, ldw: int, ignore_index: int, max_extra_bytes: int, dtype: int,
+    want: int, scale: float, softcap: float, isa: int,
+) -> str | None: ...  # fmt: skip
+def device_count() -> int: ...
+def device_info(device: int) -> str: ...
+def row_stats_cuda(
+    *, mode: int, logits: int, target: int, prob: int, column_weight: int, temperature: int, row: int, stats: int,
+    argmax: int, dlogits: int, n: int, v: int, ld: int, ld_prob: int, ld_out: int, ignore_index: int, dtype: int,
+    prob_dtype: int, want: int, scale: float, softcap: float, device: int, stream: int,
+    upstream: int,
+) -> None: ...  # fmt: skip
+def scale_cuda(x: int, dtype: int, n: int, factor: int, device: int, stream: int) -> None: ...

@@ -1,0 +1,454 @@
+"""Drop-in losses: every loss of torch.nn.functional under its own name and signature.
+
+`cross_entropy` and `linear_cross_entropy` run on fastloss kernels; the other names are torch's own functions. What no
+kernel takes goes to PyTorch, never to an error, so that swapping the import is always safe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    cosine_embedding_loss,
+    ctc_loss,
+    gaussian_nll_loss,
+    hinge_embedding_loss,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    margin_ranking_loss,
+    mse_loss,
+    multi_margin_loss,
+    multilabel_margin_loss,
+    multilabel_soft_margin_loss,
+    nll_loss,
+    poisson_nll_loss,
+    smooth_l1_loss,
+    soft_margin_loss,
+    triplet_margin_loss,
+    triplet_margin_with_distance_loss,
+)
+
+from . import autograd, compiled, fused, losses, registry
+from .contract import Needs, Want
+from .engine import check_head, extra_bytes
+from .engine import options as row_options
+from .fused import Formula, denominator, pack
+from .statistics import RowStats
+
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
+    "cross_entropy",
+    "ctc_loss",
+    "gaussian_nll_loss",
+    "hinge_embedding_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "linear_cross_entropy",
+    "margin_ranking_loss",
+    "mse_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+    "triplet_margin_with_distance_loss",
+]
+
+#: Where some compiled or Triton kernel can run; elsewhere PyTorch's own composition is as good as ours.
+_HAS_KERNELS = {
+    "cpu": compiled.MISSING is None,
+    "cuda": bool(getattr(compiled._C, "cuda", False)) or importlib.util.find_spec("triton") is not None,
+}
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Extras:
+    """The keyword-only arguments that torch does not have."""
+
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    shift: bool = False
+    returns: tuple[str, ...] = ()
+
+    def used(self) -> bool:
+        return bool(self.z_loss or self.softcap or self.logit_scale != 1.0 or self.shift or self.returns)
+
+    def want(self, smoothing: float) -> int:
+        """The statistics that these arguments need."""
+        if not self.returns:
+            return Want.SUM.value if smoothing else 0
+        unknown = [r for r in self.returns if r not in ("lse", "accuracy", "entropy")]
+        if unknown:
+            raise ValueError(f'returns takes "lse", "accuracy" and "entropy", got {unknown[0]!r}')
+        accuracy = Want.ARGMAX if "accuracy" in self.returns else Want.NOTHING
+        entropy = Want.ENTROPY if "entropy" in self.returns else Want.NOTHING
+        return int(accuracy | entropy | (Want.SUM if smoothing else Want.NOTHING))
+
+
+def _extras(z_loss: float, softcap: float | None, scale: float, shift: bool, returns: Iterable[str]) -> _Extras:
+    return _Extras(z_loss, softcap, scale, shift, (returns,) if isinstance(returns, str) else tuple(returns))
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Ordinary dense tensors: no DTensor or other wrapper that has rules of its own, not sparse."""
+    for t in tensors:
+        if t is None or type(t) in (Tensor, torch.nn.Parameter):
+            continue
+        if not isinstance(t, Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
+            return False
+    return all(t is None or t.layout == torch.strided for t in tensors)
+
+
+def _explained(torch_function: Callable[[], Tensor], name: str, **tensors: Tensor | None) -> Tensor:
+    """PyTorch's own result; when it raises, the same exception type with what was given in the message."""
+    try:
+        return torch_function()
+    except (ValueError, RuntimeError, IndexError, TypeError, NotImplementedError) as error:
+        if torch.compiler.is_compiling():
+            raise
+        given = "; ".join(
+            f"{key}: {tuple(t.shape)} {t.dtype} on {t.device}" for key, t in tensors.items() if isinstance(t, Tensor)
+        )
+        try:
+            better = type(error)(f"fastloss.{name}: {error} (got {given})")
+        except TypeError:  # an exception class with a constructor of its own
+            raise error from None
+        raise better from None
+
+
+def _on_kernels(x: Tensor, extras: _Extras) -> bool:
+    """Whether fastloss ops should run on x rather than PyTorch's composition."""
+    if extras.used() or (x.dtype in _KERNEL_DTYPES and _HAS_KERNELS.get(x.device.type, False)):
+        return True
+    return not torch.compiler.is_compiling() and registry.forced() is not None
+
+
+def _weight_fits(weight: Tensor | None, vocab: int, like: Tensor) -> bool:
+    return weight is None or (
+        weight.shape == (vocab,) and weight.dtype == like.dtype and weight.device == like.device
+        and not weight.requires_grad
+    )  # fmt: skip
+
+
+def _legal(reduction: str, label_smoothing: float) -> bool:
+    return reduction in ("none", "mean", "sum") and 0.0 <= label_smoothing <= 1.0
+
+
+def _shifted(target: Tensor, ignore_index: int) -> Tensor:
+    """Targets of the next position along the last dim; the last position has none. Only the ids are copied."""
+    return torch.cat((target[..., 1:], target.new_full((*target.shape[:-1], 1), ignore_index)), -1)
+
+
+def _finish(
+    s: RowStats, target: Tensor | None, weight: Tensor | None, smoothing: float, extras: _Extras, reduction: str
+) -> Tensor:
+    """The reduced (or not) cross entropy of differentiable statistics."""
+    rows = losses.cross_entropy(s, class_weight=weight, label_smoothing=smoothing, z_loss=extras.z_loss)
+    if reduction == "none":
+        return rows
+    share = 1 / denominator(target, rows.numel(), weight, s.ignore_index, reduction, rows.detach())
+    return rows.sum() * share
+
+
+def _numbers(s: RowStats, returns: tuple[str, ...], shape: torch.Size) -> dict[str, Tensor]:
+    return {name: getattr(s, name).reshape(shape) for name in returns}
+
+
+def _fusable(reduction: str, extras: _Extras, prob: Tensor | None) -> bool:
+    """The gradient, if one is needed, can be made in the forward: a scalar loss, and no transform but backward."""
+    return (
+        reduction != "none"
+        and not extras.returns
+        and not (prob is not None and prob.requires_grad)
+        and not autograd.functorch_active()
+        and not autograd.forward_mode_active()
+    )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shift: bool = False,
+    returns: Iterable[str] = (),
+) -> Any:
+    """torch.nn.functional.cross_entropy, with the same arguments, shapes, dtypes and results.
+
+    -log softmax(input)[target] along dim 1, with class weights, label smoothing or target probabilities as torch has
+    them. Gradients are exact to rounding also where p of the target is close to 1 and where logits have a large offset.
+
+    Beyond torch, keyword-only: `z_loss` adds z_loss * lse^2 a row (PaLM); `softcap` c uses c tanh(z / c); `logit_scale`
+    multiplies the logits first; `shift` compares position t with the target of t + 1 along the last target dim (causal
+    language models; no copy of the logits); `returns` adds a dict with any of "lse", "accuracy", "entropy" a row:
+    (loss, {"lse": ...}).
+
+    Raises what torch raises, with the shapes, dtypes and devices given; IndexError (CPU) for a class id out of range.
+    """
+    extras = _extras(z_loss, softcap, logit_scale, shift, returns)
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+
+    def by_torch() -> Tensor:
+        return _explained(
+            lambda: F.cross_entropy(
+                input, target, weight, None, ignore_index, None, reduction, label_smoothing
+            ),
+            "cross_entropy", input=input, target=target, weight=weight,
+        )  # fmt: skip
+
+    if not (
+        _plain(input, target, weight)
+        and input.dim() >= 1
+        and input.is_floating_point()
+        and input.numel()
+        and _legal(reduction, label_smoothing)
+        and target.device == input.device
+        and _on_kernels(input, extras)
+    ):
+        return by_torch()
+    vocab = input.shape[1] if input.dim() > 1 else input.shape[0]
+    soft = target.shape == input.shape
+    batch = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    if soft:
+        fits = target.dtype in (input.dtype, torch.float32) and ignore_index < 0 and not shift
+    else:
+        fits = target.shape == batch and target.dtype == torch.int64
+    if not fits or not _weight_fits(weight, vocab, input):
+        return by_torch()
+    kind = _loss_dtype(input, target, soft)
+    if shift:
+        target = _shifted(target, ignore_index)
+    ids = None if soft else target if target.dim() == 1 else target.reshape(-1)
+    prob = _rows(target, vocab) if soft else None
+    logits = _rows(input, vocab)
+    o = row_options(ignore_index, extras.want(label_smoothing), logit_scale, softcap)
+    if not torch.compiler.is_compiling() and _fusable(reduction, extras, prob):
+        formula = Formula(o, label_smoothing, z_loss, reduction)
+        if input.requires_grad and torch.is_grad_enabled():
+            loss = fused.CrossEntropy.apply(logits, ids, prob, weight, formula)
+        else:
+            loss = fused.evaluate(logits, ids, prob, weight, formula)
+        return loss if loss.dtype == kind else loss.to(kind)
+    s = pack(*autograd.row_stats(logits, ids, prob, weight, None, o), ids, soft, vocab, o, weight)
+    loss = _finish(s, ids, weight, label_smoothing, extras, reduction).to(kind)
+    loss = loss.reshape(batch) if reduction == "none" else loss
+    return (loss, _numbers(s, extras.returns, batch)) if extras.returns else loss
+
+
+def _loss_dtype(input: Tensor, target: Tensor, soft: bool) -> torch.dtype:
+    kind = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
+    return torch.promote_types(kind, torch.float32) if torch.is_autocast_enabled(input.device.type) else kind
+
+
+def _rows(t: Tensor, vocab: int) -> Tensor:
+    """[N, V] with the classes last and contiguous."""
+    rows = t if t.dim() == 2 else (t.movedim(1, -1) if t.dim() > 1 else t).reshape(-1, vocab)
+    return rows if rows.stride(1) == 1 or vocab == 1 else rows.contiguous()
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shift: bool = False,
+    returns: Iterable[str] = (),
+    max_extra_bytes: int | None = None,
+    grad_weight: Tensor | None = None,
+    skip_ignored: bool = False,
+) -> Any:
+    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...) without ever storing the logits.
+
+    Signature and shapes of torch 2.13's function, on older torch too; `input` may have any number of leading dims
+    ([..., D] with target ids [...] or probabilities [..., C]). With reduction "mean" or "sum" the gradients are made in the
+    forward, chunk by chunk (three GEMMs); with "none" the logits are made again in the backward (four). Extra memory
+    does not grow with the number of rows. `options`: torch's LinearCrossEntropyOptions; its batch_chunk_size bounds the
+    chunk, the rest has no meaning here. Only the gradients that are needed are computed.
+
+    Beyond torch, keyword-only: `z_loss`, `softcap`, `logit_scale`, `shift`, `returns` as in `cross_entropy`;
+    `max_extra_bytes` bounds the logits held at a time; `grad_weight`, a float32 buffer of linear_weight's shape, gets dW
+    added in the backward instead of linear_weight.grad; `skip_ignored` takes ignored rows out before the GEMMs on a GPU
+    too, at the price of one host sync (a CPU always does).
+
+    Raises RuntimeError and ValueError as torch does; IndexError (CPU) for a class id out of range.
+    """
+    extras = _extras(z_loss, softcap, logit_scale, shift, returns)
+    if torch.is_autocast_enabled(input.device.type):
+        half = torch.get_autocast_dtype(input.device.type)
+        input, linear_weight = input.to(half), linear_weight.to(half)
+        linear_bias = None if linear_bias is None else linear_bias.to(half)
+    _check_linear(input, linear_weight, linear_bias)
+    many = linear_weight.shape[1:-1]
+    batch, vocab = input.shape[:-1], linear_weight.shape[0]
+    soft = target.shape == (*batch, vocab, *many)
+    if soft and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    ignore = -100 if ignore_index is None else ignore_index
+
+    def by_torch() -> Any:
+        """The composition, on whose logits our cross entropy (or torch's) then works."""
+        z = F.linear(
+            input, linear_weight.reshape(-1, input.shape[-1]), None if linear_bias is None else linear_bias.reshape(-1)
+        )
+        z = z.reshape(*batch, vocab, *many)
+        if len(batch) > 1:  # torch's layout has the classes second
+            z = z.reshape(-1, vocab, *many)
+            flat = target.reshape(-1, vocab, *many) if soft else target.reshape(-1, *many)
+        else:
+            flat = target
+        out = cross_entropy(
+            z, flat, weight, None, ignore, None, reduction, label_smoothing, z_loss=z_loss, softcap=softcap,
+            logit_scale=logit_scale, shift=shift, returns=extras.returns,
+        )  # fmt: skip
+        return out.reshape((*batch, *many)) if isinstance(out, Tensor) and reduction == "none" else out
+
+    fits = target.shape == (*batch, *many) and target.dtype == torch.int64
+    if soft:
+        fits = target.dtype in (input.dtype, torch.float32) and not shift
+    if not (
+        _plain(input, linear_weight, target, linear_bias, weight)
+        and input.is_floating_point()
+        and input.numel()
+        and vocab
+        and not many
+        and fits
+        and _legal(reduction, label_smoothing)
+        and _weight_fits(weight, vocab, input)
+        and target.device == input.device
+        and _on_kernels(input, extras)
+    ):
+        if many and fits and not extras.returns and not shift and grad_weight is None and input.numel() and vocab:
+            return _per_position(
+                input, linear_weight, target, linear_bias, weight, reduction, ignore, label_smoothing, extras, soft,
+                max_extra_bytes,
+            )  # fmt: skip
+        return by_torch()
+    check_head(input, linear_weight, linear_bias)
+    kind = _loss_dtype(input, target, soft)
+    if shift:
+        target = _shifted(target, ignore)
+    x = input.reshape(-1, input.shape[-1])
+    prob = target.reshape(-1, vocab) if soft else None
+    ids = None if soft else target.reshape(-1)
+    limit = extra_bytes(max_extra_bytes)
+    chunk = getattr(options, "batch_chunk_size", None)
+    if not limit and chunk:
+        limit = chunk * vocab * input.element_size()
+    o = row_options(ignore, extras.want(label_smoothing), logit_scale, softcap)
+    used = None
+    if skip_ignored and ids is not None and x.device.type != "cpu":
+        used = torch.nonzero(ids != ignore)[:, 0]
+        x, ids = x.index_select(0, used), ids.index_select(0, used)
+    if _fusable(reduction, extras, prob) and grad_weight is None:
+        formula = Formula(o, label_smoothing, z_loss, reduction, limit)
+        needs = _needs(x, linear_weight, linear_bias)
+        if needs:
+            loss = fused.LinearCrossEntropy.apply(x, linear_weight, linear_bias, ids, prob, weight, formula, needs)
+        else:
+            loss = fused.evaluate_linear(x, linear_weight, linear_bias, ids, prob, weight, formula)
+        return loss.to(kind)
+    raw = autograd.linear_row_stats(x, linear_weight, linear_bias, ids, prob, weight, None, o, limit, grad_weight)
+    s = pack(*raw, ids, soft, vocab, o, weight)
+    loss = _finish(s, ids, weight, label_smoothing, extras, reduction).to(kind)
+    numbers = {name: getattr(s, name) for name in extras.returns}
+    if used is not None and reduction == "none":
+        loss = loss.new_zeros(batch.numel()).index_copy(0, used, loss)
+    if used is not None:
+        numbers = {k: t.new_zeros(batch.numel()).index_copy(0, used, t) for k, t in numbers.items()}
+    loss = loss.reshape(batch) if reduction == "none" else loss
+    return (loss, {k: t.reshape(batch) for k, t in numbers.items()}) if extras.returns else loss
+
+
+def _needs(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """The gradients that a backward will ask for."""
+    if not torch.is_grad_enabled():
+        return 0
+    needs = Needs.INPUT.value if x.requires_grad else 0
+    needs |= Needs.WEIGHT.value if weight.requires_grad else 0
+    return needs | (Needs.BIAS.value if bias is not None and bias.requires_grad else 0)
+
+
+def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if input.dim() < 1:
+        raise RuntimeError(f"expected input with at least 1 dimension, [..., D], got {tuple(input.shape)}")
+    if weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {weight.dim()}")
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {weight.shape[-1]}, respectively"
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise RuntimeError(f"expected linear_bias shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
+    if weight.dim() > 2 and input.dim() != 2:
+        raise RuntimeError(
+            f"a K-dimensional loss, linear_weight {tuple(weight.shape)}, needs input (N, {input.shape[-1]}), "
+            f"got {tuple(input.shape)}"
+        )
+
+
+def _per_position(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None,
+    reduction: str, ignore: int, smoothing: float, extras: _Extras, soft: bool, max_extra_bytes: int | None,
+) -> Tensor:  # fmt: skip
+    """A K-dimensional head (C, d_1..d_K, D) is one head a position: their losses, one after another."""
+    vocab, many = linear_weight.shape[0], linear_weight.shape[1:-1]
+    positions = math.prod(many)
+    heads = linear_weight.reshape(vocab, positions, -1)
+    biases = None if linear_bias is None else linear_bias.reshape(vocab, positions)
+    targets = target.reshape(-1, vocab, positions) if soft else target.reshape(-1, positions)
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))  # gradients of the positions add up in float32
+    each = [
+        linear_cross_entropy(
+            wide.to(input.dtype), heads[:, k].contiguous(), targets[..., k].contiguous(),
+            linear_bias=None if biases is None else biases[:, k].contiguous(), weight=weight,
+            reduction="none" if reduction == "none" else "sum", ignore_index=None if soft else ignore,
+            label_smoothing=smoothing, z_loss=extras.z_loss, softcap=extras.softcap, logit_scale=extras.logit_scale,
+            max_extra_bytes=max_extra_bytes,
+        )
+        for k in range(positions)
+    ]  # fmt: skip
+    if reduction == "none":
+        return torch.stack(each, -1).reshape(-1, *many)
+    total = torch.stack(each).sum()
+    if reduction == "sum":
+        return total
+    ids = None if soft else target.reshape(-1)
+    count = denominator(ids, input.shape[0] * positions, weight, ignore, reduction, total.detach().float())
+    return (total / count).to(total.dtype)

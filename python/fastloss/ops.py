@@ -1,0 +1,122 @@
+"""torch.library registration: one schema, one fake and one dispatcher entry per op.
+
+`Library.define`/`impl` rather than `custom_op`: a quarter of the cost of a call. The ops are functional, private and not
+differentiable by themselves; autograd.py is their only caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .contract import NUM_STATS, Needs, Want
+
+_library = torch.library.Library("fastloss", "DEF")
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> None:
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, lambda *args: registry.run(name, *args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastloss::{name}", fake, lib=_library)
+    arguments = getattr(torch.ops.fastloss, name).default._schema.arguments
+    registry.declare(name, tuple(a.default_value if a.has_default_value() else None for a in arguments))
+
+
+def _stats(like: Tensor, want: int) -> tuple[Tensor, Tensor]:
+    n = like.shape[0]
+    table = like.new_empty((NUM_STATS, n), dtype=torch.promote_types(like.dtype, torch.float32))
+    return table, like.new_empty((n,) if want & Want.ARGMAX else (0,), dtype=torch.int64)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _gradients(x: Tensor, w: Tensor, bias: Tensor | None, needs: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _dense(x) if needs & Needs.INPUT else x.new_empty(0),
+        _dense(w) if needs & Needs.WEIGHT else w.new_empty(0),
+        _dense(bias) if bias is not None and needs & Needs.BIAS else w.new_empty(0),
+    )
+
+
+_ROW = "Tensor? target=None, Tensor? prob=None, Tensor? column_weight=None"
+_TAIL = "int ignore_index=-100, int want=0, float scale=1.0, float softcap=0.0"
+_SAVED = "Tensor coef, Tensor stats, Tensor argmax"
+_HEAD = "Tensor x, Tensor w, Tensor? bias=None"
+
+
+def _row_stats_fake(
+    logits, target=None, prob=None, column_weight=None, temperature=None, ignore_index=-100, want=0, *_
+):
+    return _stats(logits, want)
+
+
+def _cross_entropy_fake(logits, target, prob, column_weight, epilogue, ignore_index=-100, want=0, *_):
+    return *_stats(logits, want), _dense(logits)
+
+
+def _linear_row_stats_fake(
+    x, w, bias=None, target=None, prob=None, column_weight=None, temperature=None, ignore_index=-100, want=0, *_
+):
+    return _stats(x, want)
+
+
+def _linear_backward_fake(
+    coef, stats, argmax, x, w, bias=None, target=None, prob=None, column_weight=None, temperature=None,
+    ignore_index=-100, want=0, scale=1.0, softcap=0.0, needs=7, max_extra_bytes=0,
+):  # fmt: skip
+    return _gradients(x, w, bias, needs)
+
+
+def _linear_cross_entropy_fake(
+    x, w, bias, target, prob, column_weight, epilogue,
+    ignore_index=-100, want=0, scale=1.0, softcap=0.0, needs=7, max_extra_bytes=0,
+):  # fmt: skip
+    return *_stats(x, want), *_gradients(x, w, bias, needs)
+
+
+_define(f"row_stats(Tensor logits, {_ROW}, Tensor? temperature=None, {_TAIL}) -> (Tensor, Tensor)", _row_stats_fake)
+_define(
+    f"row_stats_backward({_SAVED}, Tensor logits, {_ROW}, Tensor? temperature=None, {_TAIL}) -> Tensor",
+    lambda coef, stats, argmax, logits, *_: _dense(logits),
+)
+_define(
+    f"cross_entropy(Tensor logits, Tensor? target, Tensor? prob, Tensor? column_weight, Tensor epilogue, {_TAIL})"
+    " -> (Tensor, Tensor, Tensor)",
+    _cross_entropy_fake,
+)
+_define(  # row_stats_backward into dlogits; where upstream, one number on the device, is 1, dlogits stands already
+    f"row_stats_backward_unless_one_(Tensor(a!) dlogits, Tensor upstream, {_SAVED}, Tensor logits, {_ROW},"
+    f" Tensor? temperature=None, {_TAIL}) -> ()",
+    lambda *_: None,
+)
+_define("scale_unless_one_(Tensor(a!) x, Tensor factor) -> ()", lambda *_: None)
+_define(
+    f"linear_row_stats({_HEAD}, {_ROW}, Tensor? temperature=None, {_TAIL}, int max_extra_bytes=0) -> (Tensor, Tensor)",
+    _linear_row_stats_fake,
+)
+_define(
+    f"linear_row_stats_backward({_SAVED}, {_HEAD}, {_ROW}, Tensor? temperature=None, {_TAIL}, int needs=7,"
+    " int max_extra_bytes=0) -> (Tensor, Tensor, Tensor)",
+    _linear_backward_fake,
+)
+_define(  # dW is added to grad_weight, float32, instead of being returned
+    f"linear_row_stats_backward_into(Tensor coef, Tensor stats, Tensor argmax, Tensor(a!) grad_weight, {_HEAD}, {_ROW},"
+    f" Tensor? temperature=None, {_TAIL}, int needs=7, int max_extra_bytes=0) -> (Tensor, Tensor)",
+    lambda coef, stats, argmax, grad_weight, x, w, bias=None, *rest: _gradients(
+        x, w, bias, rest[8] if len(rest) > 8 else 7
+    )[::2],
+)
+_define(
+    f"linear_cross_entropy(Tensor x, Tensor w, Tensor? bias, Tensor? target, Tensor? prob, Tensor? column_weight,"
+    f" Tensor epilogue, {_TAIL}, int needs=7, int max_extra_bytes=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_cross_entropy_fake,
+)
+
+from . import backend_cpp, backend_cuda, backend_reference, backend_triton  # noqa: E402,F401  (they register their kernels)

@@ -1,0 +1,1 @@
+"""The CUDA kernels on the host: built by g++ against csrc/cuda/host, called through ctypes."""

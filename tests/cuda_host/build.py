@@ -1,0 +1,126 @@
+"""Builds a .cu for the host, plain or with a sanitizer, once for every content of its sources."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+HERE = Path(__file__).resolve().parent
+FLAGS = {
+    "plain": ["-O2"],
+    "quick": ["-O0"],  # to build, not to run
+    "asan": ["-O1", "-g", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all"],
+    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+}
+CACHE = Path(os.environ.get("FASTLOSS_EMU_CACHE", tempfile.gettempdir())) / "fastloss_cuda_host"
+
+Patch = tuple[str, str, str]
+"""A file of csrc/cuda, a text that stands in it exactly once, and what replaces it."""
+
+
+@functools.cache
+def cuda_headers() -> list[str]:
+    """Flags for the CUDA headers: a toolkit's, or those in the triton wheel (they lack <nv/target>); empty without either."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(str(Path(nvcc).resolve().parents[1]))
+    for home in homes:
+        if home and (Path(home) / "include" / "cuda_bf16.h").exists():
+            return ["-isystem", f"{home}/include"]
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return []
+    return ["-isystem", f"{Path(spec.origin).parent}/backends/nvidia/include", "-isystem", f"{CUDA}/host/no_cccl"]
+
+
+def why_not() -> str | None:
+    """Why nothing can be built here, or None."""
+    if shutil.which("g++") is None:
+        return "g++ is not installed"
+    if not cuda_headers():
+        return "no CUDA headers: neither a toolkit nor triton is installed"
+    return None
+
+
+def sources(patches: Sequence[Patch] = ()) -> dict[str, str]:
+    """The files of csrc/cuda and what they include, with the patches applied."""
+    files = [p for pattern in ("*.cu", "*.cuh", "*.h", "host/*.h") for p in CUDA.glob(pattern)]
+    texts = {str(p.relative_to(CUDA)): p.read_text() for p in sorted(files)}
+    texts["fastloss.h"] = (CUDA.parent / "fastloss.h").read_text()
+    for name, old, new in patches:
+        if texts[name].count(old) != 1:
+            raise ValueError(f"{name}: {old!r} stands there {texts[name].count(old)} times, not once")
+        texts[name] = texts[name].replace(old, new)
+    return texts
+
+
+def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | None = None) -> Path:
+    """The shared library of the kernels and capi.cpp, or an executable of the text `program`."""
+    texts = sources(patches)
+    texts["capi.cpp"] = (HERE / "capi.cpp").read_text() if program is None else program
+    key = hashlib.sha256(repr((variant, FLAGS[variant], texts)).encode()).hexdigest()[:20]
+    out = CACHE / f"{key}.{'so' if program is None else 'exe'}"
+    if out.exists():
+        return out
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        for name, text in texts.items():
+            path = Path(work) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        made = Path(work) / "made"
+        kind = ["-fPIC", "-shared", f"{work}/row_stats.cu", f"{work}/scale.cu"] if program is None else []
+        warnings = "-Wall -Wextra -Wno-unused -Wno-unknown-pragmas".split()
+        # Without gnu-unique every library has its own emulator, however many one process loads.
+        command = [
+            "g++",
+            "-std=c++17",
+            "-ffp-contract=off",
+            "-fno-gnu-unique",
+            *warnings,
+            *FLAGS[variant],
+            f"-I{work}",
+            *cuda_headers(),
+        ]
+        command += ["-x", "c++", *kind, f"{work}/capi.cpp", "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        made.replace(out)  # at once: another process may look for it
+    return out
+
+
+@functools.cache
+def load(path: Path) -> ctypes.CDLL:
+    """The library, with the types of what it returns."""
+    library = ctypes.CDLL(str(path))
+    for name in ("c_launch", "c_run", "c_scale", "c_why_not"):
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+def run_sanitized(variant: str, library: Path, *arguments: str, order: str = "asc") -> tuple[int, str]:
+    """Runs `python -m cuda_host.rows LIBRARY ARGUMENTS` with the sanitizer's runtime preloaded: python itself has none."""
+    found = subprocess.run(["g++", f"-print-file-name=lib{variant}.so"], capture_output=True, text=True, check=True)
+    env = {
+        **os.environ,
+        "LD_PRELOAD": found.stdout.strip(),
+        "PYTHONPATH": str(HERE.parent),
+        "EMU_ORDER": order,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_thread_leaks=0",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "cuda_host.rows", str(library), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr

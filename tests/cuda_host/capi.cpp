@@ -1,0 +1,41 @@
+// C functions over the launchers, for ctypes: an error comes back as text. In the package, pybind11 does this.
+#include "cuda.h"
+
+#include <exception>
+#include <string>
+
+namespace {
+fastloss::DeviceLimits limits;
+
+template <class F> const char *guard(F f) {
+  static std::string text;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception &e) {
+    text = e.what();
+    return text.c_str();
+  }
+}
+} // namespace
+
+// device.cu asks a driver for this; here the test says what the device is like.
+const fastloss::DeviceLimits &fastloss::device_limits(int) { return limits; }
+
+extern "C" {
+const char *c_launch(const fastloss::RowStats *p, const fastloss::RowStatsPlan *plan) {
+  return guard([&] { fastloss::row_stats_launch(*p, *plan, nullptr); });
+}
+const char *c_run(const fastloss::RowStats *p, const fastloss::DeviceLimits *device) {
+  limits = *device;
+  return guard([&] { fastloss::row_stats_cuda(*p, 0, nullptr); });
+}
+void c_plan(const fastloss::RowStats *p, const fastloss::DeviceLimits *device, fastloss::RowStatsPlan *plan) {
+  *plan = fastloss::row_stats_plan(*p, *device);
+}
+const char *c_scale(void *x, int dtype, int64_t n, const float *factor, const fastloss::DeviceLimits *device) {
+  limits = *device;
+  return guard([&] { fastloss::scale_cuda(x, dtype, n, factor, 0, nullptr); });
+}
+const char *c_why_not(const fastloss::RowStats *p) { return fastloss::row_stats_cuda_why_not(*p); }
+}

@@ -1,0 +1,170 @@
+"""PyTorch's own samples and error inputs for every loss, run through ours (value, gradient, second backward, input untouched)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import fastloss
+from tolerance import check_close
+
+FUSED = ("cross_entropy", "linear_cross_entropy")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOSSES = {op.name.rsplit(".", 1)[-1]: op for op in op_db if op.name.startswith("nn.functional.")}
+PASSED_THROUGH = sorted(set(fastloss.functional.__all__) - set(FUSED))
+
+
+def leaves(tree: Any) -> Any:
+    """A copy of a sample's arguments whose tensors are leaves of their own."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone().requires_grad_(tree.requires_grad)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(leaves(t) for t in tree)
+    return {k: leaves(t) for k, t in tree.items()} if isinstance(tree, dict) else tree
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    return (
+        [x for t in tree for x in tensors(t)]
+        if not isinstance(tree, (str, int, float, type(None))) and hasattr(tree, "__iter__")
+        else []
+    )
+
+
+def widened(tree: Any) -> Any:
+    """The same arguments in float64."""
+    if isinstance(tree, Tensor):
+        wide = tree.detach().double() if tree.is_floating_point() else tree
+        return wide.requires_grad_(tree.requires_grad)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(widened(t) for t in tree)
+    return {k: widened(t) for k, t in tree.items()} if isinstance(tree, dict) else tree
+
+
+def no_chunks(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """torch's chunked head refuses float64 with some options; they do not change the value."""
+    return {"options": None} if "options" in kwargs else {}
+
+
+def same(ours: Tensor, theirs: Tensor, truth: Tensor | None, dtype: torch.dtype) -> None:
+    """32 and 64 bits: equal to torch. 16 bits: as close to float64 as torch is, up to rounding.
+
+    k = 16: with four rows of inputs up to 9, terms of a gradient cancel to a tenth of their size.
+    """
+    if truth is None:
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    else:
+        check_close(ours, theirs, truth, dtype, k=16)
+
+
+def compare(op: Any, ours: Any, sample: Any, dtype: torch.dtype, wide_op: Any = None) -> None:
+    wide_op = op if wide_op is None else wide_op
+    given = leaves((sample.input, sample.args, sample.kwargs))
+    theirs = leaves(given)
+    before = [t.detach().clone() for t in tensors(given)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = op(theirs[0], *theirs[1], **theirs[2])
+    got = ours(given[0], *given[1], **given[2])
+    exact = leaves(widened(given)) if dtype in (torch.bfloat16, torch.float16) else None
+    truth = wide_op(exact[0], *exact[1], **{**exact[2], **no_chunks(exact[2])}) if exact else None
+    assert got.dtype == want.dtype and got.shape == want.shape
+    same(got, want, truth, dtype)
+    if want.requires_grad:
+        assert got.requires_grad
+        cotangent = torch.randn_like(want)
+        mine, yours = ([t for t in tensors(g) if t.requires_grad] for g in (given, theirs))
+        first = torch.autograd.grad(got, mine, cotangent, retain_graph=True, allow_unused=True)
+        expected = torch.autograd.grad(want, yours, cotangent, allow_unused=True)
+        exact_grads: Any = [None] * len(first)
+        if exact:
+            wide = [t for t in tensors(exact) if t.requires_grad]
+            exact_grads = torch.autograd.grad(truth, wide, cotangent.double(), allow_unused=True)
+        for a, b, r in zip(first, expected, exact_grads, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:  # a gradient of one dimension is one row, whose scale is that of its largest entry
+                same(*(t if t is None or t.dim() > 1 else t.reshape(1, -1) for t in (a, b, r)), dtype)
+        for a, b in zip(torch.autograd.grad(got, mine, cotangent, allow_unused=True), first, strict=True):
+            assert a is None or torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)), "second backward differs"
+    for t, b in zip(tensors(given), before, strict=True):
+        assert torch.equal(torch.nan_to_num(t.detach()), torch.nan_to_num(b)), "an input was written to"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", FUSED)
+def test_op_samples(name: str, dtype: torch.dtype) -> None:
+    op, ours, count = LOSSES.get(name), getattr(fastloss.functional, name), 0
+    if op is None:
+        pytest.skip(f"this torch has no {name} in op_db")
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+        compare(op, ours, sample, dtype)
+        count += 1
+    assert count >= 20
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_op_error_inputs(name: str) -> None:
+    op, ours = LOSSES.get(name), getattr(fastloss.functional, name)
+    if op is None or op.error_inputs_func is None:
+        pytest.skip(f"op_db has no error inputs for {name}")
+    for case in op.error_inputs("cpu"):
+        s = copy.deepcopy(case.sample_input)
+        with pytest.raises(case.error_type):
+            ours(s.input, *s.args, **s.kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "LinearCrossEntropyLoss"])
+def test_module_samples(name: str, dtype: torch.dtype) -> None:
+    info = next((m for m in module_db if m.name == f"nn.{name}"), None)
+    if info is None:
+        pytest.skip(f"this torch has no nn.{name}")
+    count = 0
+    samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True)
+    for sample in samples:
+        a, k = sample.constructor_input.args, dict(sample.constructor_input.kwargs)
+        if name == "LinearCrossEntropyLoss":
+            k.update(dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = getattr(torch.nn, name)(*a, **k)
+        ours = getattr(fastloss.nn, name)(*a, **k)
+        ours.load_state_dict(theirs.state_dict())
+        f = sample.forward_input
+
+        class Case:
+            input, args, kwargs = f.args[0], f.args[1:], f.kwargs
+
+        compare(theirs, ours, Case, dtype, copy.deepcopy(theirs).double())
+        count += 1
+    assert count >= 100
+
+
+@pytest.mark.parametrize("name", PASSED_THROUGH)
+def test_other_losses_are_torchs_own(name: str) -> None:
+    ours = getattr(fastloss.functional, name)
+    assert ours is getattr(torch.nn.functional, name)
+    if name in LOSSES:
+        for sample in LOSSES[name].sample_inputs("cpu", torch.float32, requires_grad=True):
+            compare(LOSSES[name], ours, sample, torch.float32)
+
+
+def test_every_loss_name_of_torch_is_there() -> None:
+    extra = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy", "kl_div")
+    for name in dir(torch.nn.functional):
+        if name.endswith("_loss") or name in extra:
+            assert hasattr(fastloss.functional, name), name
+    for name in dir(torch.nn):
+        if "Loss" in name and isinstance(getattr(torch.nn, name), type):
+            assert issubclass(getattr(fastloss.nn, name), torch.nn.Module), name

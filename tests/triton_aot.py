@@ -1,0 +1,142 @@
+"""Compile the Triton kernels for GPUs that are not there, as their launchers would, and read what the machine code costs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from fastloss.triton_kernels import common, linear_row_stats_kernels, row_stats_kernels, scale
+from fastloss.triton_kernels.linear_row_stats import GROUP, Tile, count_extras, default_tile
+from fastloss.triton_kernels.row_stats import cross_entropy_block, gradient_block, statistics_block
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CAPABILITY = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
+ITEM_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+ALL = 31  # every bit of `want`
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
+
+DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz"}
+INT64 = {"target", "argmax", "count"}
+FLOAT = {"scale", "cap"}
+NEVER_ALIGNED = {"N", "splits", "ignore_index", "first_column"}  # do_not_specialize
+
+
+class Case(NamedTuple):
+    """One kernel as one launch would build it."""
+
+    kernel: str
+    dtype: str
+    target: str
+    want: int = 0
+    softcap: bool = False
+    absent: tuple[str, ...] = ()  # optional tensors that are not given
+    tma: bool = False
+    tile: Tile | None = None  # instead of the launcher's choice
+
+    def __str__(self) -> str:
+        extra = f"want{self.want}" + ("-softcap" if self.softcap else "") + ("-tma" if self.tma else "")
+        soft = "-prob" if "target" in self.absent else ""
+        return f"{self.kernel}-{extra}{soft}-{self.dtype}-{self.target}"
+
+
+class Cost(NamedTuple):
+    """What a compiled kernel takes."""
+
+    registers: int
+    spilled: int  # bytes of a thread's stack that are stored to
+    shared: int
+    matrix: tuple[str, ...]  # kinds of matrix instructions
+
+
+def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """(kernel, compile-time arguments, warps and stages), as the launchers choose them for a large problem."""
+    size, v = ITEM_SIZE[case.dtype], 131072
+    soft = "prob" not in case.absent
+    rich = case.want != 0 or soft
+    meta: dict[str, Any] = dict(SOFTCAP=case.softcap, WANT=case.want)
+    if case.kernel == "merge":
+        return common.merge_kernel, dict(WANT=case.want, SOFT=False, BLOCK=128), dict(num_warps=4)
+    if case.kernel == "scale":
+        return scale.scale_kernel, dict(BLOCK=scale.BLOCK), dict(num_warps=8)
+    if case.kernel in ("linear_stats", "linear_gradient"):
+        kernels = linear_row_stats_kernels
+        kernel = kernels.linear_row_stats_kernel if case.kernel == "linear_stats" else kernels.linear_gradient_kernel
+        extras = count_extras(case.want, case.softcap)
+        tile = case.tile or default_tile(size, extras, CAPABILITY[case.target], case.tma)
+        meta.update(BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=GROUP, EVEN_D=True, TMA=case.tma, UPCAST=False)
+        meta.update(PRECISION="ieee" if size == 4 else "tf32")
+        return kernel, meta, dict(num_warps=tile.warps, num_stages=tile.stages)
+    kernels = row_stats_kernels
+    kernel, (block, warps) = {
+        "stats": (kernels.row_stats_kernel, statistics_block(v, rich)),
+        "gradient": (kernels.row_gradient_kernel, gradient_block(v, rich)),
+        "cross_entropy": (kernels.row_cross_entropy_kernel, cross_entropy_block(v, size, rich)),
+    }[case.kernel]
+    return kernel, dict(meta, BLOCK=block), dict(num_warps=warps)
+
+
+def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
+    """The signature that a launch has whose tensors are 16-byte aligned and whose sizes are multiples of 16."""
+    signature: dict[str, str] = {}
+    constants, attributes = dict(meta), {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in case.absent:
+            constants[name] = None
+        if name in constants:
+            signature[name] = "constexpr"
+        elif case.tma and name in ("x", "w"):
+            signature[name] = f"tensordesc<{case.dtype}[{meta['BM' if name == 'x' else 'BN']},{meta['BK']}]>"
+        elif name in FLOAT:
+            signature[name] = "fp32"
+        elif (
+            name[0].isupper()
+            or name.startswith("stride")
+            or name in ("splits", "ignore_index", "first_column", "width")
+        ):
+            signature[name] = "i32"
+        else:
+            pointee = (
+                case.dtype if name in DATA else "i64" if name in INT64 else "i32" if name == "part_index" else "fp32"
+            )
+            signature[name] = "*" + pointee
+        if (signature[name] == "i32" and name not in NEVER_ALIGNED) or signature[name].startswith("*"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_case(case: Case) -> Cost:
+    """Build for the case's target and take the machine code apart."""
+    kernel, meta, launch = options(case)
+    target = GPUTarget("cuda", int(case.target[3:]), 32)
+    built = triton.compile(source(case, kernel, meta), target=target, options=launch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, machine_code = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "-c", file.name)
+    stack = _number("STACK", usage) + _number("LOCAL", usage)
+    return Cost(
+        registers=_number("REG", usage),
+        spilled=stack if re.search(r"\bSTL\b", machine_code) else 0,  # a stack frame alone is no spill
+        shared=built.metadata.shared,
+        matrix=tuple(dict.fromkeys(MATRIX_INSTRUCTION.findall(machine_code))),
+    )
+
+
+def _tool(name: str, *args: str) -> str:
+    done = subprocess.run([os.fspath(TOOLS / name), *args], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _number(key: str, usage: str) -> int:
+    found = re.search(rf"{key}:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump names no {key}: {usage!r}")
+    return int(found[1])
