@@ -30,7 +30,7 @@ class Case:
     nbytes: int  # the fewest bytes of large matrices that must move
     flops: int
     gradient_bytes: int = 0  # what stays after the call
-    accumulator_bytes: int = 0  # a float32 dW, where the gradient itself is 16 bits wide
+    accumulator_bytes: int = 0  # a float32 dW, beside the gradient itself
     logits_bytes: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -166,7 +166,7 @@ def linear_cross_entropy(group: Group) -> Case:
     size = x.element_size()
     return Case(
         calls, (x, w, y), 2 * (x.nbytes + w.nbytes), 6 * n * d * v, gradient_bytes=x.nbytes + w.nbytes,
-        accumulator_bytes=0 if size == 4 else 4 * v * d, logits_bytes=n * v * size,
+        accumulator_bytes=4 * v * d, logits_bytes=n * v * size,
     )  # fmt: skip
 
 

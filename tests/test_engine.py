@@ -17,9 +17,12 @@ EVERYTHING = ("entropy", "sum", "sumsq", "tempered_lse", "argmax")
 N, D, V = 6, 5, 17
 
 
-def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, w, b = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((N, D), (V, D), (V,)))
-    y = torch.randint(0, V, (N,))
+def problem(
+    dtype: torch.dtype = torch.float64, shape: tuple[int, int, int] = (N, D, V)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, d, v = shape
+    x, w, b = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((n, d), (v, d), (v,)))
+    y = torch.randint(0, v, (n,))
     y[1] = -100
     return x, w, b, y
 
@@ -83,8 +86,8 @@ def test_argmax_and_accuracy() -> None:
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
 def test_gradcheck_and_gradgradcheck(linear: bool) -> None:
     """All statistics at once, first and second derivatives, fp64."""
-    x, w, b, y = problem()
-    t = torch.rand(N) + 0.5
+    x, w, b, y = problem(shape=(3, 2, 7))
+    t = torch.rand(3) + 0.5
 
     def f(*leaves: Tensor) -> tuple[Tensor, ...]:
         if linear:
@@ -93,7 +96,7 @@ def test_gradcheck_and_gradgradcheck(linear: bool) -> None:
             s = fastloss.row_stats(*leaves, y, stats=EVERYTHING, temperature=t)
         return tuple(getattr(s, n)[s.valid] for n in PROPERTIES)
 
-    leaves = (x, w, b) if linear else (torch.randn(N, V, dtype=torch.float64, requires_grad=True),)
+    leaves = (x, w, b) if linear else (torch.randn(3, 7, dtype=torch.float64, requires_grad=True),)
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)
 
