@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# A CPU build of torch by exact version; on a machine with an NVIDIA GPU, the torch that is already there.
+PIP := $(PY) -m pip install -q $(PIP_ARGS)
+# On a machine with an NVIDIA GPU, the torch that is already there. Elsewhere this version from the index that pip is
+# configured with; on Linux the default index has the CUDA build (several GB). For the CPU build name it and pytorch's index:
+#   make TORCH=torch==2.13.0+cpu PIP_ARGS="--extra-index-url ..."
 TORCH ?= torch==2.13.0
+PIP_ARGS ?=
 EXTRAS ?= test,demo,triton,dev
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh)
 
@@ -11,14 +15,16 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 
 setup: build/.installed
 
-$(PY):
+# Written last, so that a run that broke off (no network, no disk) is taken up again.
+$(VENV)/.ready:
 	$(PYTHON) -m venv $(if $(shell $(PYTHON) -c 'import torch; print(torch.cuda.is_available() or "")' 2>/dev/null),--system-site-packages,) $(VENV)
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
-	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) "$(TORCH)"
+	$(PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@touch $@
 
 # The Python part is used in place; only a change of the compiled part or of the packaging builds again.
-build/.installed: $(PY) $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation -e ".[$(EXTRAS)]"
+build/.installed: $(VENV)/.ready $(SOURCES)
+	$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
 	@mkdir -p build && touch $@
 
 demo: setup

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+from fastloss import compiled
+
+
+def pytest_sessionstart() -> None:
+    """Without the extension most tests would compare torch with itself; FASTLOSS_PURE=1 says that this is meant."""
+    if compiled.MISSING and os.environ.get("FASTLOSS_PURE") != "1":
+        pytest.exit(compiled.MISSING, returncode=3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

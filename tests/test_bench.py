@@ -173,10 +173,13 @@ def test_device_check_plans_without_a_device() -> None:
 
 def test_device_check_writes_what_it_knows(tmp_path: Path) -> None:
     """The stages run without a GPU on tiny shapes; a stage that fails does not stop the next."""
-    command = ["bench/device_check.py", "--without-gpu", "--only", "sanitizer,kernels"]
+    command = ["bench/device_check.py", "--without-gpu", "--only", "tests,sanitizer,kernels"]
     python(*command, OUT=str(tmp_path))
     report = json.loads((tmp_path / "device.json").read_text())
-    assert set(report["stages"]) == {"sanitizer", "kernels"} and report["stages"]["kernels"]["verdict"] == "ok"
+    assert set(report["stages"]) == {"tests", "sanitizer", "kernels"}
+    assert report["stages"]["kernels"]["verdict"] == "ok"
+    tests = report["stages"]["tests"]
+    assert tests["verdict"] == "failed" and "skipped" in tests["note"], "nothing was checked, so nothing is ok"
     finished = [line for line in report["kernels"] if "finished" in line]
     assert finished and not [line for line in finished if "error" in line]
     assert all(error < 1e-2 for line in finished for error in line["errors"].values())

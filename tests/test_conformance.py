@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import fastloss
 from tolerance import check_close
@@ -120,8 +122,68 @@ def test_op_error_inputs(name: str) -> None:
         pytest.skip(f"op_db has no error inputs for {name}")
     for case in op.error_inputs("cpu"):
         s = copy.deepcopy(case.sample_input)
-        with pytest.raises(case.error_type):
-            ours(s.input, *s.args, **s.kwargs)
+        raises(case.error_type, lambda s=s: ours(s.input, *s.args, **s.kwargs), (s.input, s.args, s.kwargs))
+
+
+def raises(error_type: type[Exception], f: Callable[[], Any], given: Any) -> str:
+    """f raises, and leaves the tensors it was given alone. Returns the message."""
+    before = [t.detach().clone() for t in tensors(given)]
+    with pytest.raises(error_type) as error:
+        f()
+    for t, b in zip(tensors(given), before, strict=True):
+        assert t.dtype == b.dtype and torch.equal(torch.nan_to_num(t), torch.nan_to_num(b)), "an input was written to"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "LinearCrossEntropyLoss"])
+def test_module_error_inputs(name: str) -> None:
+    info = next((m for m in module_db if m.name == f"nn.{name}"), None)
+    if info is None:
+        pytest.skip(f"this torch has no nn.{name}")
+    cases = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
+    kinds = []
+    for case in cases:
+        made, f = case.module_error_input.constructor_input, case.module_error_input.forward_input
+        kinds.append(case.error_on)
+        if case.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
+            build = lambda made=made: getattr(fastloss.nn, name)(*made.args, **made.kwargs)  # noqa: E731
+            raises(case.error_type, build, (made.args, made.kwargs))
+        else:
+            module = getattr(fastloss.nn, name)(*made.args, **made.kwargs)
+            given = (f.args, f.kwargs, list(module.parameters()), list(module.buffers()))
+            raises(case.error_type, lambda m=module, f=f: m(*f.args, **f.kwargs), given)
+    assert kinds.count(ModuleErrorEnum.FORWARD_ERROR) >= 3
+
+
+def test_error_messages_have_the_shapes() -> None:
+    """What torch refuses, we refuse with the same type; and one sees what was given."""
+    x, w, z, y = torch.randn(4, 5), torch.randn(7, 5), torch.randn(4, 7), torch.randint(0, 7, (4,))
+    cross, linear = "cross_entropy", "linear_cross_entropy"
+    bad: list[tuple[str, tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = [
+        (cross, (z, y[:3]), {}, ("(4, 7)", "(3,)")),
+        (cross, (z, y.int()), {}, ("torch.int32", "(4, 7)")),
+        (cross, (z, torch.rand(4, 6)), {}, ("(4, 7)", "(4, 6)")),
+        (cross, (z, y, torch.ones(6)), {}, ("(4, 7)", "(6,)")),
+        (cross, (z, y, torch.ones(7).double()), {}, ("(7,)", "torch.float64")),
+        (cross, (z, y), {"label_smoothing": 1.5}, ("1.5", "(4, 7)")),
+        (cross, (z.long(), y), {}, ("torch.int64", "(4, 7)")),
+        (cross, (z, y), {"reduction": "average"}, ("average",)),
+        (linear, (x, w[:, :4], y), {}, ("5", "4")),
+        (linear, (x, w, y[:3]), {}, ("(4, 7)", "(3,)")),
+        (linear, (x, w, y), {"linear_bias": torch.ones(6)}, ("(7,)", "(6,)")),
+        (linear, (x, w, y), {"weight": torch.ones(6)}, ("(6,)", "(4, 7)")),
+    ]
+    for name, args, kwargs, parts in bad:
+        theirs = getattr(torch.nn.functional, name, None)
+        kind: type[Exception] = Exception
+        if theirs is not None:
+            with pytest.raises(Exception) as error:
+                theirs(*args, **kwargs)
+            kind = type(error.value)
+        f = getattr(fastloss.functional, name)
+        message = raises(kind, lambda f=f, args=args, kwargs=kwargs: f(*args, **kwargs), (args, kwargs))
+        for part in parts:
+            assert part in message, f"{name}{kwargs}: {message}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -158,6 +220,57 @@ def test_other_losses_are_torchs_own(name: str) -> None:
     if name in LOSSES:
         for sample in LOSSES[name].sample_inputs("cpu", torch.float32, requires_grad=True):
             compare(LOSSES[name], ours, sample, torch.float32)
+
+
+@pytest.mark.parametrize("name", sorted({*fastloss.nn.__all__} - {"CrossEntropyLoss", "LinearCrossEntropyLoss"}))
+def test_other_modules_are_torchs_own(name: str) -> None:
+    if not hasattr(torch.nn, name):
+        assert name == "LinearCrossEntropyOptions", f"torch.nn has no {name}"
+    else:
+        assert getattr(fastloss.nn, name) is getattr(torch.nn, name)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Any]:
+    """A device mesh of this process alone."""
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    if dist.is_initialized():
+        pytest.skip("a process group is in use already")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+        assert not dist.is_initialized()
+
+
+def test_dtensors_go_to_torch(one_rank: Any) -> None:
+    """A DTensor knows how it is spread; kernels do not. Value and gradients are those of the whole tensors."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    x, w, y = torch.randn(6, 5), torch.randn(9, 5), torch.randint(0, 9, (6,))
+    for placement in (Shard(0), Replicate()):
+        whole = [t.clone().requires_grad_() for t in (x, w)]
+        spread = [distribute_tensor(t, one_rank, [p]) for t, p in ((x, placement), (w, Replicate()))]
+        spread = [t.requires_grad_() for t in spread]
+        target = distribute_tensor(y, one_rank, [placement])
+        want = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*whole), y)
+        expected = torch.autograd.grad(want, whole)
+        for f in (
+            lambda x, w, y: fastloss.cross_entropy(torch.nn.functional.linear(x, w), y),
+            fastloss.linear_cross_entropy,
+        ):
+            loss = f(*spread, target)
+            assert isinstance(loss, DTensor)
+            torch.testing.assert_close(loss.full_tensor(), want)
+            for a, r in zip(torch.autograd.grad(loss, spread), expected, strict=True):
+                assert isinstance(a, DTensor)
+                torch.testing.assert_close(a.full_tensor(), r)
+            with pytest.raises(ValueError, match="z_loss"):
+                fastloss.linear_cross_entropy(*spread, target, z_loss=0.1)
 
 
 def test_every_loss_name_of_torch_is_there() -> None:

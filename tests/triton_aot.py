@@ -24,7 +24,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
 
 DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz"}
-INT64 = {"target", "argmax", "count"}
+INT64 = {"target", "argmax"}
 FLOAT = {"scale", "cap"}
 NEVER_ALIGNED = {"N", "splits", "ignore_index", "first_column"}  # do_not_specialize
 
@@ -99,7 +99,7 @@ def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
         elif (
             name[0].isupper()
             or name.startswith("stride")
-            or name in ("splits", "ignore_index", "first_column", "width")
+            or name in ("splits", "ignore_index", "first_column", "width", "count")
         ):
             signature[name] = "i32"
         else:

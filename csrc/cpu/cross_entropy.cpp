@@ -58,7 +58,8 @@ double cross_entropy_loss(const CrossEntropyTerms &terms, const float *epilogue,
     const double ref = stat(kMax) == -infinity ? 0 : stat(kMax), logsum = stat(kLogSum);
     double gap = logsum, nll; // gap = lse - ref
     if (terms.target) {
-      const double d = (stat(kTarget) - ref) - logsum;
+      // A target of +inf has no margin: in torch it is inf - inf.
+      const double d = stat(kTarget) == infinity ? std::nan("") : (stat(kTarget) - ref) - logsum;
       nll = softplus(-d);
       gap = logsum == -infinity ? stat(kTarget) - ref : logsum + softplus(d);
     } else {

@@ -51,9 +51,10 @@ double sigmoid(double x) {
 }
 
 void merge_lean(Sums &all, const Sums &part) {
-  if (part.sum == 0) return;
-  if (all.sum == 0) {
-    all = part;
+  const float top = std::max(all.top, part.top);
+  if (part.sum == 0 || all.sum == 0) {
+    if (part.sum != 0) all = part;
+    all.top = top;
     return;
   }
   double ratio = std::exp2(-std::fabs(double(all.exponent) - part.exponent));
@@ -63,7 +64,7 @@ void merge_lean(Sums &all, const Sums &part) {
   } else {
     all.sum += part.sum * ratio;
   }
-  all.top = std::max(all.top, part.top);
+  all.top = top;
 }
 
 void merge_general(Sums &all, const Sums &part) {
@@ -82,6 +83,9 @@ struct Found {
   float largest;                         // of the rest
   Sums sums;
 };
+
+// The lean loops round a row's exponent to float, at most 64 off up to here; beyond, powers of two would overflow.
+constexpr float kLargestExponent = 1e9f;
 
 // One call of the kernel.
 class Rows {
@@ -196,7 +200,8 @@ Line Rows::line_of(int64_t r, float *kept) const {
 bool Rows::lean_statistics(Line &line, Found &found) const {
   reduce(found.sums, line, line.kept ? loops_.lean_sums_kept : loops_.lean_sums, merge_lean);
   const Sums &sums = found.sums;
-  if (std::isnan(sums.sum)) return false;
+  const bool lost = sums.sum == 0 && sums.top != -kInfinity;
+  if (std::isnan(sums.sum) || lost || std::fabs(sums.exponent) > kLargestExponent) return false;
   line.exponent = sums.exponent;
   found.largest = float(score(sums.top));
   found.ref = found.largest == -kInfinity ? 0 : found.largest;
@@ -270,7 +275,7 @@ bool Rows::given_coefficients(int64_t r, Line &line) const {
   line.ref = largest == -kInfinity ? 0.f : largest;
   double middle = line.ref / double(args_.scale) * line.exponent_scale;
   line.exponent = float(middle);
-  bool lean = lean_ && std::isfinite(line.exponent);
+  bool lean = lean_ && std::fabs(line.exponent) <= kLargestExponent;
   bool empty = logsum == -kInf;
   double powers = empty ? 0 : lean ? std::exp((line.exponent - middle) * kLn2 - logsum) : std::exp(-logsum);
   double outer = lean ? args_.scale : 1;

@@ -51,8 +51,8 @@ constexpr float kTanh[] = {-3.33332819422e-1f, 1.33314422036e-1f, -5.37397155531
                            -5.70498872745e-3f};
 constexpr float kTanhSmall = 0.625f;
 
-// ---- The words. maximum(a, b) and minimum(a, b) are b when either is NaN. `stream_pair` writes 2 * kWidth values past
-// the cache, to an address aligned to their size or to 64 bytes. `scaled(z, c, k)` is z * c - k rounded once.
+// ---- The words. maximum(a, b) is b when either is NaN. `stream_pair` writes 2 * kWidth values past the cache, to an
+// address aligned to their size or to 64 bytes. `scaled(z, c, k)` is z * c - k rounded once.
 
 namespace scalar {
 #define FASTLOSS_WORD static inline
@@ -67,7 +67,6 @@ FASTLOSS_WORD Vector multiply(Vector a, Vector b) { return {a.value * b.value}; 
 FASTLOSS_WORD Vector divide(Vector a, Vector b) { return {a.value / b.value}; }
 FASTLOSS_WORD Vector multiply_add(Vector a, Vector b, Vector c) { return {a.value * b.value + c.value}; }
 FASTLOSS_WORD Vector maximum(Vector a, Vector b) { return {a.value > b.value ? a.value : b.value}; }
-FASTLOSS_WORD Vector minimum(Vector a, Vector b) { return {a.value < b.value ? a.value : b.value}; }
 FASTLOSS_WORD Vector where_less(Vector a, Vector b, Vector yes, Vector no) { return a.value < b.value ? yes : no; }
 FASTLOSS_WORD float sum(Vector a) { return a.value; }
 FASTLOSS_WORD float largest(Vector a) { return a.value; }
@@ -107,7 +106,6 @@ FASTLOSS_WORD Vector divide(Vector a, Vector b) { return _mm256_div_ps(a, b); }
 FASTLOSS_WORD Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 FASTLOSS_WORD Vector scaled(Vector z, Vector c, Vector k) { return _mm256_fmsub_ps(z, c, k); }
 FASTLOSS_WORD Vector maximum(Vector a, Vector b) { return _mm256_max_ps(a, b); }
-FASTLOSS_WORD Vector minimum(Vector a, Vector b) { return _mm256_min_ps(a, b); }
 FASTLOSS_WORD Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
@@ -192,7 +190,6 @@ FASTLOSS_WORD Vector divide(Vector a, Vector b) { return _mm512_div_ps(a, b); }
 FASTLOSS_WORD Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 FASTLOSS_WORD Vector scaled(Vector z, Vector c, Vector k) { return _mm512_fmsub_ps(z, c, k); }
 FASTLOSS_WORD Vector maximum(Vector a, Vector b) { return _mm512_max_ps(a, b); }
-FASTLOSS_WORD Vector minimum(Vector a, Vector b) { return _mm512_min_ps(a, b); }
 FASTLOSS_WORD Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }

@@ -74,15 +74,6 @@ template <class... P, class... A> void launch(const Launch &l, void (*kernel)(P.
   cuda_check(cudaLaunchKernelEx(&config, kernel, P(a)...));
 }
 
-__device__ inline unsigned lane_id() {
-  unsigned r;
-  asm("mov.u32 %0, %%laneid;" : "=r"(r));
-  return r;
-}
-__device__ inline void named_barrier_sync(unsigned id, unsigned threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // 16 bytes that are read once: past L1. Volatile, so that it may also read what this kernel overwrites later.
 __device__ inline uint4 load_stream(const uint4 *p) {
   uint4 v;

@@ -33,6 +33,11 @@ def functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def batched(g: Tensor | None) -> bool:
+    """Upstream gradients under torch.func, or under is_grads_batched=True, which our ops cannot take."""
+    return functorch_active() or (g is not None and torch._C._functorch.is_legacy_batchedtensor(g))
+
+
 def forward_mode_active() -> bool:
     """Inside forward-mode differentiation, where only the composition of PyTorch ops will do."""
     return torch.autograd.forward_ad._current_level >= 0
@@ -48,15 +53,16 @@ def _differentiate(
     compose: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of compose(*inputs), themselves differentiable; None where an input needs none."""
-    with torch.enable_grad():
-        outputs = compose(*inputs)
-        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        wanted = [i for i in inputs if i is not None and i.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
+    wanted = [i for i in inputs if i is not None and i.requires_grad]
+
+    def of_wanted(*given: Tensor) -> tuple[Tensor, ...]:
+        new = iter(given)
+        return tuple(compose(*(next(new) if i is not None and i.requires_grad else i for i in inputs)))
+
+    with torch.enable_grad():  # torch.func.vjp also works where a transform's level has been left (jacrev, vjp)
+        outputs, pull = torch.func.vjp(of_wanted, *wanted)  # type: ignore[misc]
+        full = tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, grads, strict=True))
+        found = iter(pull(full))
     return [next(found) if i is not None and i.requires_grad else None for i in inputs]
 
 
@@ -82,7 +88,7 @@ def _row_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 def _row_backward(ctx: Any, g_stats: Tensor | None, g_top: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     logits, target, prob, column_weight, temperature, stats, argmax = ctx.saved_tensors
     o: Options = ctx.options
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(g_stats)):
 
         def compose(logits: Tensor, prob: Tensor | None) -> tuple[Tensor, ...]:
             return reference.statistics(logits, target, prob, column_weight, temperature, *o)[:2]
@@ -165,7 +171,7 @@ def _linear_backward(ctx: Any, g_stats: Tensor | None, g_top: Tensor | None, _: 
     x, w, bias, target, prob, column_weight, temperature, stats, argmax = ctx.saved_tensors
     o: Options = ctx.options
     nothing = (None,) * 5
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(g_stats)):
 
         def compose(x: Tensor, w: Tensor, bias: Tensor | None, prob: Tensor | None) -> tuple[Tensor, ...]:
             z = torch.nn.functional.linear(x, w, bias)

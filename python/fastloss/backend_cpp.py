@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import kept_memory
-from .compiled import _C, DTYPES, MISSING, CompiledRows, check_rows, register, why_not_linear
-from .contract import NUM_EPILOGUES, NUM_STATS, Needs
+from .compiled import _C, DTYPES, MISSING, CompiledRows, check_rows, pointer, register, why_not_linear
+from .contract import NUM_EPILOGUES, NUM_STATS, Needs, Stat
 from .registry import kernel
 
 
@@ -37,7 +37,11 @@ def _launch(logits: Tensor, /, **fields: Any) -> None:
 def _missing(x: Tensor) -> str | None:
     if MISSING:
         return MISSING
-    return None if x.device.type == "cpu" else f"runs on CPU tensors, got {x.device}"
+    if x.device.type != "cpu":
+        return f"runs on CPU tensors, got {x.device}"
+    if _C.best_isa() == 0:  # type: ignore[union-attr]
+        return "the processor has neither AVX2 nor AVX-512, and scalar code is slower than torch"
+    return None
 
 
 rows = CompiledRows(_launch, lambda x: kept_memory.empty(x.shape, x.dtype))
@@ -68,19 +72,11 @@ class _Head:
             None if t is None else t.to(torch.float32).contiguous() for t in (bias, column_weight, epilogue)
         )
         self.target = None if target is None else target.contiguous()
-        self.stats = torch.zeros(NUM_STATS, n)
-        self.dx = kept_memory.empty((n, d) if needs & Needs.INPUT else (0,), x.dtype)
-        self.dw = kept_memory.empty((v, d) if needs & Needs.WEIGHT else (0,), w.dtype)
-        self.db = torch.empty(v if needs & Needs.BIAS else 0)
-
-        def address(t: Tensor | None) -> int:
-            return 0 if t is None or not t.numel() else t.data_ptr()
-
         self.fields = dict(
-            x=address(self.x), w=address(self.w), bias=address(self.bias), target=address(self.target),
-            column_weight=address(self.column_weight), epilogue=address(self.epilogue), stats=address(self.stats),
-            dx=address(self.dx), dw=address(self.dw), dbias=address(self.db), n=n, d=d, v=v, ldx=self.x.stride(0),
-            ldw=self.w.stride(0), ignore_index=ignore_index, max_extra_bytes=max_extra_bytes,
+            x=pointer(self.x), w=pointer(self.w), bias=pointer(self.bias), target=pointer(self.target),
+            column_weight=pointer(self.column_weight), epilogue=pointer(self.epilogue), stats=0,
+            dx=needs & Needs.INPUT, dw=needs & Needs.WEIGHT, dbias=needs & Needs.BIAS, n=n, d=d, v=v,
+            ldx=self.x.stride(0), ldw=self.w.stride(0), ignore_index=ignore_index, max_extra_bytes=max_extra_bytes,
             dtype=DTYPES[x.dtype], want=int(want), scale=scale, softcap=softcap, isa=ISA,
         )  # fmt: skip
         self.why_not: str | None = None
@@ -88,11 +84,22 @@ class _Head:
             self.why_not = "takes class ids, not probabilities"
         elif n == 0:
             self.why_not = "takes at least one row"
-        else:
+        else:  # of the results' addresses it only asks whether they are 0
             self.why_not = _C.linear_cross_entropy_why_not(**self.fields)  # type: ignore[union-attr]
+        self.needs = needs
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Whether the statistics came out finite; those of logits beyond 1e9 may not, and want another way."""
+        (n, d), v, needs = self.x.shape, self.w.shape[0], self.needs
+        self.stats = torch.zeros(NUM_STATS, n, dtype=torch.float32, device="cpu")
+        self.dx = kept_memory.empty((n, d) if needs & Needs.INPUT else (0,), self.x.dtype)
+        self.dw = kept_memory.empty((v, d) if needs & Needs.WEIGHT else (0,), self.w.dtype)
+        self.db = torch.empty(v if needs & Needs.BIAS else 0, dtype=torch.float32, device="cpu")
+        self.fields.update(
+            stats=self.stats.data_ptr(), dx=self.dx.data_ptr(), dw=self.dw.data_ptr(), dbias=self.db.data_ptr()
+        )
         _C.linear_cross_entropy_cpu(**self.fields)  # type: ignore[union-attr]
+        return bool(self.stats[: Stat.TARGET + 1].isfinite().all())
 
 
 @kernel("linear_row_stats", "cpp", why_not_head)
@@ -102,10 +109,11 @@ def linear_row_stats(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_targets(target, w.shape[0], ignore_index)
     tail = (ignore_index, want, scale, softcap)
-    head = _Head(x, w, bias, target, prob, column_weight, None, *tail, Needs.NOTHING, max_extra_bytes)
-    if head.why_not is None:
-        head.run()
-        return head.stats, torch.empty(0, dtype=torch.int64)
+    if x.dtype == torch.float32:
+        head = _Head(x, w, bias, target, prob, column_weight, None, *tail, Needs.NOTHING, max_extra_bytes)
+        if head.why_not is None and head.run():
+            return head.stats, torch.empty(0, dtype=torch.int64, device="cpu")
+    # In 16 bits the backward makes logits that are rounded; its probabilities sum to 1 only with statistics of the same.
     return chunked.linear_row_stats(x, w, bias, target, prob, column_weight, temperature, *tail, max_extra_bytes)
 
 
@@ -116,24 +124,19 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_targets(target, w.shape[0], ignore_index)
     check_rows(epilogue, NUM_EPILOGUES, "epilogue")
-    args = (
-        x,
-        w,
-        bias,
-        target,
-        prob,
-        column_weight,
-        epilogue,
-        ignore_index,
-        want,
-        scale,
-        softcap,
-        needs,
-        max_extra_bytes,
-    )
-    head = _Head(*args)
-    if head.why_not is None:
-        head.run()
-        db = head.db if bias is None else head.db.to(bias.dtype)
-        return head.stats, torch.empty(0, dtype=torch.int64), head.dx, head.dw, db
-    return chunked.linear_cross_entropy(*args)
+    if half := x.dtype == torch.float16:  # its gradients come back in float32, see ops.py
+        x, w, prob = x.float(), w.float(), None if prob is None else prob.float()
+    operands = (x, w, bias, target, prob, column_weight, epilogue)
+    tail = (ignore_index, want, scale, softcap, needs, max_extra_bytes)
+    head = _Head(*operands, *tail)
+    if head.why_not is None and head.run():
+        stats, argmax, dx, dw, db = (
+            head.stats,
+            torch.empty(0, dtype=torch.int64, device="cpu"),
+            head.dx,
+            head.dw,
+            head.db,
+        )
+    else:
+        stats, argmax, dx, dw, db = chunked.linear_cross_entropy(*operands, *tail)
+    return stats, argmax, dx, dw, db if half or bias is None else db.to(bias.dtype)

@@ -25,6 +25,8 @@ def _missing(x: Tensor) -> str | None:
         return "the extension was built without CUDA: put nvcc on PATH and reinstall"
     if x.device.type != "cuda":
         return f"runs on CUDA tensors, got {x.device}"
+    if x.shape[-1] >= 2**31:
+        return f"counts columns with 32 bits, got {x.shape[-1]}"
     return None
 
 

@@ -7,6 +7,7 @@ works on the chunk is the caller's business: each backend registers these ops ar
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ class _Problem(NamedTuple):
 @functools.cache
 def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether addmm takes a float32 accumulator for operands of `dtype`: older torch does not, and CPUs never."""
-    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):
@@ -109,55 +110,71 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
                 total[v : v + step] += block
 
 
+def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b; out may be float32 where the operands are float16."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float()))
+
+
 class _Gradients:
-    """dX, dW and dbias, collected over the chunks. dW is summed in float32 when there are several."""
+    """dX, dW and dbias, collected over the chunks.
+
+    dW is summed in float32 when there are several chunks; for float16 all three are, and rounded once at the end.
+    """
 
     def __init__(self, p: _Problem, needs: int, grad_weight: Tensor | None, unlift: Tensor | None) -> None:
-        x, w, self.p, self.needs, self.unlift = p.x, p.w, p, needs, unlift
+        x, w, self.p, self.unlift = p.x, p.w, p, unlift
         self.given = grad_weight is not None
-        self.dx = x.new_empty(x.shape) if needs & Needs.INPUT else x.new_empty(0)
-        self.db = w.new_zeros(w.shape[0], dtype=accumulator(w[:0]).dtype) if needs & Needs.BIAS else None
-        several = x.shape[0] > p.rows
-        self.dw = w.new_empty(0)
-        if grad_weight is not None:
-            self.dw = grad_weight
-        elif needs & Needs.WEIGHT:
-            self.dw = w.new_empty(w.shape, dtype=accumulator(w[:0]).dtype if several else w.dtype)
+        wide = accumulator(w[:0]).dtype
+        half = x.dtype == torch.float16
+        self.dx = x.new_empty(x.shape, dtype=wide if half else x.dtype) if needs & Needs.INPUT else None
+        self.db = w.new_zeros(w.shape[0], dtype=wide) if needs & Needs.BIAS else None
+        self.dw = grad_weight
+        if grad_weight is None and needs & Needs.WEIGHT:
+            several = x.shape[0] > p.rows
+            self.dw = w.new_empty(w.shape, dtype=wide if several or half else w.dtype)
             if not len(x):
                 self.dw.zero_()
+        elif not needs & Needs.WEIGHT:
+            self.dw = None
 
     def add(self, part: slice, dz: Tensor) -> None:
         p = self.p
-        if self.needs & Needs.INPUT:
-            torch.mm(dz, p.w, out=self.dx[part])
-        if self.needs & Needs.WEIGHT and self.given and self.unlift is not None:
+        if self.dx is not None:
+            _write_product(self.dx[part], dz, p.w)
+        if self.dw is not None and self.given and self.unlift is not None:
             self.dw += torch.mm(dz.float().T, p.x[part].float()) * self.unlift
-        elif self.needs & Needs.WEIGHT:
+        elif self.dw is not None:
             _add_product(self.dw, dz, p.x[part], first=part.start == 0 and not self.given)
         if self.db is not None:
             self.db += dz.sum(0, dtype=self.db.dtype)
 
-    def result(self, index: Tensor | None, n: int, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        p, dx = self.p, self.dx
-        if self.unlift is not None:
-            for t in (dx, self.db, None if self.given else self.dw):
-                if t is not None:
-                    t *= self.unlift
-        if index is not None and self.needs & Needs.INPUT:
+    def result(
+        self, index: Tensor | None, n: int, bias: Tensor | None, wide: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """wide: float16 operands get float32 gradients."""
+
+        def done(t: Tensor | None, like: Tensor, given: bool = False) -> Tensor:
+            dtype = torch.float32 if wide and like.dtype == torch.float16 else like.dtype
+            if t is None or given:
+                return like.new_empty(0, dtype=dtype)
+            return (t if self.unlift is None else t.mul_(self.unlift)).to(dtype)
+
+        dx = done(self.dx, self.p.x)
+        if index is not None and self.dx is not None:
             dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, index, dx)
-        dw = p.w.new_empty(0) if self.given else self.dw.to(p.w.dtype)
-        db = p.w.new_empty(0) if self.db is None or bias is None else self.db.to(bias.dtype)
-        return dx, dw, db
+        return dx, done(self.dw, self.p.w, self.given), done(self.db, self.p.w if bias is None else bias)
 
 
 def _lifted(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """float16 only: coefficients of a mean are so small that dz would underflow. Bring the largest near 1 by a power of
     two, a number on the device, and return its inverse for the products, which are large enough again."""
-    if dtype != torch.float16:
+    if dtype != torch.float16 or not rows.numel():
         return rows, None
-    lift = (
-        torch.exp2(torch.floor(-torch.log2(rows.abs().amax().clamp(min=1e-30)))) if rows.numel() else rows.new_ones(())
-    )
+    largest = torch.where(rows.isfinite(), rows.abs(), 0.0).amax().clamp(min=2.0**-100)
+    lift = torch.exp2(torch.floor(-torch.log2(largest)))
     return rows * lift, 1 / lift
 
 
@@ -253,4 +270,30 @@ class Chunked:
             )  # fmt: skip
             out.put(part, stats, argmax)
             gradients.add(part, dz)
-        return out.table, out.argmax, *gradients.result(index, x.shape[0], bias)
+        return out.table, out.argmax, *gradients.result(index, x.shape[0], bias, wide=True)
+
+    def linear_row_loss(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor | None, prob: Tensor | None,
+        column_weight: Tensor | None, temperature: Tensor | None, ignore_index: int, want: int, scale: float,
+        softcap: float, needs: int, max_extra_bytes: int, coefficients: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Mode C for any loss that is a sum over rows: (sum of the losses, dx, dw, dbias).
+
+        coefficients(stats, argmax, target, prob, temperature) of a chunk -> (sum of its losses, coef [7, n]).
+        """
+        p, index = _problem(x, w, bias, target, prob, ignore_index, max_extra_bytes)
+        gradients, warm, total = None, _pick_some(temperature, index), x.new_zeros((), dtype=accumulator(x[:0]).dtype)
+        for part, z in p.chunks():
+            row = (p.of(p.target, part), p.of(p.prob, part), column_weight, p.of(warm, part))
+            stats, argmax = self.rows.row_stats(z, *row, ignore_index, want, scale, softcap)
+            value, coef = coefficients(stats, argmax, row[0], row[1], row[3])
+            total += value
+            if gradients is None:  # one lift for all chunks, from the size of a mean's share
+                lift = 2.0 ** math.floor(math.log2(max(1, len(p.x)))) if x.dtype == torch.float16 else None
+                unlift = None if lift is None else total.new_tensor(1 / lift)
+                gradients = _Gradients(p, needs, None, unlift)
+            coef = coef if lift is None else coef * lift
+            dz = self.rows.row_stats_backward(coef, stats, argmax, z, *row, ignore_index, want, scale, softcap)
+            gradients.add(part, dz)
+        gradients = _Gradients(p, needs, None, None) if gradients is None else gradients
+        return total, *gradients.result(index, x.shape[0], bias, wide=True)

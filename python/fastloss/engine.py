@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from . import autograd
 from .autograd import Options
 from .contract import Want
 from .fused import pack
+from .separable import separable_loss
 from .statistics import RowStats
 
 _WANT = {
@@ -32,10 +34,29 @@ def want_flags(names: Iterable[str]) -> Want:
     return want
 
 
-def check_targets(
-    target: Tensor | None, rows: int, vocab: int, shape: torch.Size
+def check_rows(logits_or_input: Tensor, vocab: int, target: Tensor | None, column_weight: Tensor | None) -> None:
+    """Raise for what kernels would read wrongly: dtypes, devices and the shape of the column weights."""
+    x = logits_or_input
+    if not x.is_floating_point():
+        raise TypeError(f"takes a floating dtype, got {x.dtype}")
+    if target is not None and target.device != x.device:
+        raise ValueError(f"target is on {target.device}, the scores on {x.device}")
+    if column_weight is None:
+        return
+    if column_weight.shape != (vocab,):
+        raise ValueError(f"column_weight must have shape ({vocab},), got {tuple(column_weight.shape)}")
+    if column_weight.device != x.device:
+        raise ValueError(f"column_weight is on {column_weight.device}, the scores on {x.device}")
+    if column_weight.requires_grad:
+        raise ValueError("the gradient with respect to `column_weight` is not computed: pass column_weight.detach()")
+
+
+def split_target(
+    target: Tensor | None, rows: int, vocab: int, shape: torch.Size, shift: bool, ignore_index: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """(class ids [N] or None, probabilities [N, V] or None) from what the user gave as target."""
+    if shift and (target is None or target.is_floating_point() or not shape):
+        raise ValueError("shift needs class ids with a last dimension of positions as target")
     if target is None:
         return None, None
     if target.is_floating_point():
@@ -48,11 +69,19 @@ def check_targets(
         )
     if target.shape != shape:
         raise ValueError(f"target ids must have shape {tuple(shape)}, got {tuple(target.shape)}")
-    return target.reshape(rows).to(torch.int64), None
+    target = target.to(torch.int64)
+    return (shifted(target, ignore_index) if shift else target).reshape(rows), None
+
+
+def shifted(target: Tensor, ignore_index: int) -> Tensor:
+    """Targets of the next position along the last dim; the last position has none. Only the ids are copied."""
+    return torch.cat((target[..., 1:], target.new_full((*target.shape[:-1], 1), ignore_index)), -1)
 
 
 def options(ignore_index: int, want: int, scale: float, softcap: float | None) -> Options:
     """Checked options of a row op."""
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError("logit_scale is a number; to train a scale, multiply the input of the head by it")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
     return Options(int(ignore_index), int(want), float(scale), float(softcap or 0.0))
@@ -70,9 +99,11 @@ def _temperature(t: float | Tensor | None, want: Want, rows: int, shape: torch.S
         return torch.full((rows,), float(t), dtype=acc, device=like.device)
     if t.requires_grad:
         raise ValueError("the gradient with respect to `temperature` is not computed: pass temperature.detach()")
+    if t.device != like.device:
+        raise ValueError(f"temperature is on {t.device}, the scores on {like.device}")
     if t.numel() != 1 and t.shape != shape:
         raise ValueError(f"temperature must hold 1 number or have shape {tuple(shape)}, got {tuple(t.shape)}")
-    return t.to(like.device, acc).reshape(-1).expand(rows).contiguous()
+    return t.to(acc).reshape(-1).expand(rows).contiguous()
 
 
 def row_stats(
@@ -85,20 +116,25 @@ def row_stats(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    shift: bool = False,
 ) -> RowStats:
     """Differentiable statistics of every row of z = softcap(logit_scale * logits); softcap(z) = c tanh(z / c).
 
     logits: [..., V], float32, float16, bfloat16 or float64. target: class ids [...] (any integer dtype), probabilities
     [..., V] (then differentiable too), or None. stats: names of the statistics wanted besides the target logit and the
     LSE of the rest: "entropy", "sum", "sumsq", "tempered_lse" (LSE(z / temperature)), "argmax". column_weight [V]: the
-    c_j of "sum" and of probabilities. temperature: a number > 0, or one a row [...].
+    c_j of "sum" and of probabilities. temperature: a number > 0, or one a row [...]. shift: compare position t with the
+    target of t + 1 along the last target dim (causal language models; the logits are not copied).
 
     Raises ValueError and TypeError for wrong shapes, dtypes and names; IndexError (CPU) for a class id out of range.
     """
+    if logits.dim() < 1:
+        raise ValueError("logits must have a last dimension of classes, got shape ()")
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     rows = shape.numel()
     want = want_flags(stats)
-    ids, prob = check_targets(target, rows, vocab, shape)
+    check_rows(logits, vocab, target, column_weight)
+    ids, prob = split_target(target, rows, vocab, shape, shift, ignore_index)
     warm = _temperature(temperature, want, rows, shape, logits)
     o = options(ignore_index, want, logit_scale, softcap)
     out = autograd.row_stats(logits.reshape(rows, vocab), ids, prob, column_weight, warm, o)
@@ -117,6 +153,7 @@ def linear_row_stats(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    shift: bool = False,
     max_extra_bytes: int | None = None,
     grad_weight: Tensor | None = None,
 ) -> RowStats:
@@ -126,22 +163,55 @@ def linear_row_stats(
     grad_weight: a float32 [V, D] buffer (Megatron's main_grad) that the backward adds dW to, exactly, instead of
     leaving it in linear_weight.grad.
     """
-    check_head(input, linear_weight, linear_bias)
-    if grad_weight is not None and (grad_weight.shape != linear_weight.shape or grad_weight.dtype != torch.float32):
-        raise ValueError(
-            f"grad_weight must be float32 {tuple(linear_weight.shape)}, got {grad_weight.dtype} {tuple(grad_weight.shape)}"
+    h = _head(
+        input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
+        shift,
+    )  # fmt: skip
+    check_grad_weight(grad_weight, linear_weight)
+    out = autograd.linear_row_stats(*h.operands, h.options, extra_bytes(max_extra_bytes), grad_weight)
+    return h.pack(*out)
+
+
+class _Head(NamedTuple):
+    """The checked operands of a linear head, rows flattened."""
+
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    options: Options
+    shape: torch.Size
+
+    def pack(self, stats: Tensor, top: Tensor, argmax: Tensor) -> RowStats:
+        _, w, _, ids, prob, column_weight, warm = self.operands
+        return pack(
+            stats, top, argmax, ids, prob is not None, w.shape[0], self.options, column_weight, warm, self.shape
         )
+
+
+def _head(
+    input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, stats: Iterable[str],
+    column_weight: Tensor | None, temperature: float | Tensor | None, ignore_index: int, logit_scale: float,
+    softcap: float | None, shift: bool,
+) -> _Head:  # fmt: skip
+    check_head(input, linear_weight, linear_bias)
     shape, vocab = input.shape[:-1], linear_weight.shape[0]
     rows = shape.numel()
     want = want_flags(stats)
-    ids, prob = check_targets(target, rows, vocab, shape)
+    check_rows(input, vocab, target, column_weight)
+    ids, prob = split_target(target, rows, vocab, shape, shift, ignore_index)
     warm = _temperature(temperature, want, rows, shape, input)
     o = options(ignore_index, want, logit_scale, softcap)
     x = input.reshape(rows, input.shape[-1])
-    out = autograd.linear_row_stats(
-        x, linear_weight, linear_bias, ids, prob, column_weight, warm, o, extra_bytes(max_extra_bytes), grad_weight
-    )
-    return pack(*out, ids, prob is not None, vocab, o, column_weight, warm, shape)
+    return _Head((x, linear_weight, linear_bias, ids, prob, column_weight, warm), o, shape)
+
+
+def check_grad_weight(buffer: Tensor | None, weight: Tensor) -> None:
+    """The buffer that dW is added to must be float32, of the weight's shape, on its device."""
+    if buffer is None:
+        return
+    if buffer.shape != weight.shape or buffer.dtype != torch.float32 or buffer.device != weight.device:
+        raise ValueError(
+            f"grad_weight must be torch.float32 {tuple(weight.shape)} on {weight.device}, "
+            f"got {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
+        )
 
 
 def extra_bytes(limit: int | None) -> int:
@@ -201,8 +271,33 @@ def linear_row_loss(
     loss: RowLoss,
     *,
     reduction: str = "mean",
-    **stats_arguments: object,
+    separable: bool = False,
+    linear_bias: Tensor | None = None,
+    stats: Iterable[str] = (),
+    column_weight: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    max_extra_bytes: int | None = None,
+    grad_weight: Tensor | None = None,
 ) -> Tensor:
-    """loss(linear_row_stats(input, linear_weight, target, **stats_arguments)), reduced: `row_loss` without the logits."""
-    s = linear_row_stats(input, linear_weight, target, **stats_arguments)  # type: ignore[arg-type]
+    """loss(linear_row_stats(input, linear_weight, target, ...)), reduced: `row_loss` without the logits.
+
+    separable=True says that each row's loss depends on that row's statistics alone and that `loss` closes over nothing
+    that needs a gradient: `loss` is then called for each chunk of rows and the gradients are made in the forward, three
+    GEMMs instead of four ("mean" and "sum" only, and not together with grad_weight).
+    """
+    h = _head(
+        input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
+        shift,
+    )  # fmt: skip
+    limit = extra_bytes(max_extra_bytes)
+    if separable and (reduction not in ("mean", "sum") or grad_weight is not None):
+        raise ValueError(f'separable=True takes reduction "mean" or "sum" and no grad_weight, got {reduction!r}')
+    if separable and torch.is_grad_enabled():
+        return separable_loss(h.operands, h.options, loss, reduction, limit)
+    check_grad_weight(grad_weight, linear_weight)
+    s = h.pack(*autograd.linear_row_stats(*h.operands, h.options, limit, grad_weight))
     return reduce_rows(loss(s), s, reduction)

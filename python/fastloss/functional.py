@@ -40,7 +40,7 @@ from torch.nn.functional import (
 
 from . import autograd, compiled, fused, losses, registry
 from .contract import Needs, Want
-from .engine import check_head, extra_bytes
+from .engine import check_grad_weight, check_head, extra_bytes, shifted
 from .engine import options as row_options
 from .fused import Formula, denominator, pack
 from .statistics import RowStats
@@ -88,8 +88,10 @@ class _Extras:
     shift: bool = False
     returns: tuple[str, ...] = ()
 
-    def used(self) -> bool:
-        return bool(self.z_loss or self.softcap or self.logit_scale != 1.0 or self.shift or self.returns)
+    def used(self) -> list[str]:
+        """Names of the arguments that are in use."""
+        defaults = _Extras()
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(defaults, f.name)]
 
     def want(self, smoothing: float) -> int:
         """The statistics that these arguments need."""
@@ -104,7 +106,21 @@ class _Extras:
 
 
 def _extras(z_loss: float, softcap: float | None, scale: float, shift: bool, returns: Iterable[str]) -> _Extras:
+    if isinstance(z_loss, Tensor) and z_loss.requires_grad:
+        raise TypeError("z_loss is a number; its gradient is not computed")
     return _Extras(z_loss, softcap, scale, shift, (returns,) if isinstance(returns, str) else tuple(returns))
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def _refuse(extras: _Extras, why: str) -> None:
+    """torch has none of these arguments: they are honoured or refused, never dropped."""
+    if used := extras.used():
+        raise ValueError(f"{', '.join(used)} cannot be used here: {why}")
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -112,6 +128,8 @@ def _plain(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None or type(t) in (Tensor, torch.nn.Parameter):
             continue
+        if torch.overrides.has_torch_function((t,)):
+            return False
         if not isinstance(t, Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
             return False
     return all(t is None or t.layout == torch.strided for t in tensors)
@@ -141,20 +159,33 @@ def _on_kernels(x: Tensor, extras: _Extras) -> bool:
     return not torch.compiler.is_compiling() and registry.forced() is not None
 
 
+def _autocast(x: Tensor) -> bool:
+    try:
+        return torch.is_autocast_enabled(x.device.type)
+    except RuntimeError:  # a device type without autocast, such as meta
+        return False
+
+
+def _tracing() -> bool:
+    """torch.jit.trace records torch's operations, not what happens inside ours."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def _weight_fits(weight: Tensor | None, vocab: int, like: Tensor) -> bool:
-    return weight is None or (
-        weight.shape == (vocab,) and weight.dtype == like.dtype and weight.device == like.device
-        and not weight.requires_grad
-    )  # fmt: skip
+    if weight is None:
+        return True
+    dtypes = (like.dtype, torch.float32) if _autocast(like) else (like.dtype,)
+    on_device = weight.device == like.device and not weight.requires_grad
+    return weight.shape == (vocab,) and weight.dtype in dtypes and on_device
+
+
+def _empty(input: Tensor, extras: _Extras) -> bool:
+    """No rows, which torch may have: it knows best what to return. Not asked of a symbolic size."""
+    return not torch.compiler.is_compiling() and not input.numel() and not extras.used()
 
 
 def _legal(reduction: str, label_smoothing: float) -> bool:
     return reduction in ("none", "mean", "sum") and 0.0 <= label_smoothing <= 1.0
-
-
-def _shifted(target: Tensor, ignore_index: int) -> Tensor:
-    """Targets of the next position along the last dim; the last position has none. Only the ids are copied."""
-    return torch.cat((target[..., 1:], target.new_full((*target.shape[:-1], 1), ignore_index)), -1)
 
 
 def _finish(
@@ -211,45 +242,47 @@ def cross_entropy(
 
     Raises what torch raises, with the shapes, dtypes and devices given; IndexError (CPU) for a class id out of range.
     """
+    _check_tensors(input=input, target=target)
     extras = _extras(z_loss, softcap, logit_scale, shift, returns)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
 
-    def by_torch() -> Tensor:
+    def by_torch(why: str) -> Any:
+        _refuse(extras, why)
         return _explained(
-            lambda: F.cross_entropy(
-                input, target, weight, None, ignore_index, None, reduction, label_smoothing
-            ),
+            lambda: F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing),
             "cross_entropy", input=input, target=target, weight=weight,
         )  # fmt: skip
 
-    if not (
-        _plain(input, target, weight)
-        and input.dim() >= 1
-        and input.is_floating_point()
-        and input.numel()
-        and _legal(reduction, label_smoothing)
-        and target.device == input.device
-        and _on_kernels(input, extras)
-    ):
-        return by_torch()
+    if not _plain(input, target, weight) or _tracing():
+        return by_torch("a tensor has rules of its own (a subclass, or not dense), or torch.jit.trace is recording")
+    if not (input.dim() >= 1 and input.is_floating_point() and _legal(reduction, label_smoothing)):
+        return by_torch(f"input is {tuple(input.shape)} {input.dtype}, reduction {reduction!r}")
+    if target.device != input.device or not _on_kernels(input, extras):
+        return by_torch(f"target is on {target.device}, input on {input.device}")
     vocab = input.shape[1] if input.dim() > 1 else input.shape[0]
     soft = target.shape == input.shape
     batch = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    if shift and soft:
+        raise ValueError("shift needs class ids as target, got probabilities")
+    if soft and target.dtype != input.dtype and extras.used():
+        target = target.to(torch.float32 if target.is_floating_point() else target.dtype)
+    if target.dtype == torch.uint8 and not soft:
+        target = target.to(torch.int64)
     if soft:
-        fits = target.dtype in (input.dtype, torch.float32) and ignore_index < 0 and not shift
+        fits = target.dtype in (input.dtype, torch.float32) and ignore_index < 0
     else:
         fits = target.shape == batch and target.dtype == torch.int64
-    if not fits or not _weight_fits(weight, vocab, input):
-        return by_torch()
+    if not fits or not _weight_fits(weight, vocab, input) or not vocab or _empty(input, extras):
+        return by_torch(f"input {tuple(input.shape)}, target {tuple(target.shape)} {target.dtype}, or the weight")
     kind = _loss_dtype(input, target, soft)
     if shift:
-        target = _shifted(target, ignore_index)
+        target = shifted(target, ignore_index) if target.dim() else torch.full_like(target, ignore_index)
     ids = None if soft else target if target.dim() == 1 else target.reshape(-1)
     prob = _rows(target, vocab) if soft else None
     logits = _rows(input, vocab)
     o = row_options(ignore_index, extras.want(label_smoothing), logit_scale, softcap)
-    if not torch.compiler.is_compiling() and _fusable(reduction, extras, prob):
+    if fused.direct(logits, ids, prob, weight) and _fusable(reduction, extras, prob):
         formula = Formula(o, label_smoothing, z_loss, reduction)
         if input.requires_grad and torch.is_grad_enabled():
             loss = fused.CrossEntropy.apply(logits, ids, prob, weight, formula)
@@ -264,7 +297,7 @@ def cross_entropy(
 
 def _loss_dtype(input: Tensor, target: Tensor, soft: bool) -> torch.dtype:
     kind = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
-    return torch.promote_types(kind, torch.float32) if torch.is_autocast_enabled(input.device.type) else kind
+    return torch.promote_types(kind, torch.float32) if _autocast(input) else kind
 
 
 def _rows(t: Tensor, vocab: int) -> Tensor:
@@ -308,8 +341,9 @@ def linear_cross_entropy(
 
     Raises RuntimeError and ValueError as torch does; IndexError (CPU) for a class id out of range.
     """
+    _check_tensors(input=input, linear_weight=linear_weight, target=target)
     extras = _extras(z_loss, softcap, logit_scale, shift, returns)
-    if torch.is_autocast_enabled(input.device.type):
+    if _autocast(input) and input.dtype != torch.float64:
         half = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(half), linear_weight.to(half)
         linear_bias = None if linear_bias is None else linear_bias.to(half)
@@ -320,11 +354,22 @@ def linear_cross_entropy(
     if soft and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore = -100 if ignore_index is None else ignore_index
+    check_grad_weight(grad_weight, linear_weight)
+    limit = extra_bytes(max_extra_bytes)
+    if shift and soft:
+        raise ValueError("shift needs class ids as target, got probabilities")
+    if target.dtype == torch.uint8 and not soft:
+        target = target.to(torch.int64)
 
     def by_torch() -> Any:
         """The composition, on whose logits our cross entropy (or torch's) then works."""
+        for name, given in (("grad_weight", grad_weight), ("max_extra_bytes", max_extra_bytes)):
+            if given is not None:
+                raise ValueError(f"{name} cannot be used here: this call runs on torch's own functions")
         z = F.linear(
-            input, linear_weight.reshape(-1, input.shape[-1]), None if linear_bias is None else linear_bias.reshape(-1)
+            input,
+            linear_weight.reshape(math.prod(linear_weight.shape[:-1]), input.shape[-1]),
+            None if linear_bias is None else linear_bias.reshape(-1),
         )
         z = z.reshape(*batch, vocab, *many)
         if len(batch) > 1:  # torch's layout has the classes second
@@ -340,20 +385,31 @@ def linear_cross_entropy(
 
     fits = target.shape == (*batch, *many) and target.dtype == torch.int64
     if soft:
-        fits = target.dtype in (input.dtype, torch.float32) and not shift
+        fits = target.dtype in (input.dtype, torch.float32)
     if not (
         _plain(input, linear_weight, target, linear_bias, weight)
+        and not _tracing()
         and input.is_floating_point()
-        and input.numel()
+        and input.shape[-1] > 0
+        and not _empty(input, extras)
         and vocab
         and not many
         and fits
         and _legal(reduction, label_smoothing)
         and _weight_fits(weight, vocab, input)
         and target.device == input.device
-        and _on_kernels(input, extras)
+        and (limit or _on_kernels(input, extras))
     ):
-        if many and fits and not extras.returns and not shift and grad_weight is None and input.numel() and vocab:
+        if (
+            many
+            and fits
+            and _legal(reduction, label_smoothing)
+            and not extras.returns
+            and not shift
+            and grad_weight is None
+            and input.numel()
+            and vocab
+        ):
             return _per_position(
                 input, linear_weight, target, linear_bias, weight, reduction, ignore, label_smoothing, extras, soft,
                 max_extra_bytes,
@@ -362,11 +418,10 @@ def linear_cross_entropy(
     check_head(input, linear_weight, linear_bias)
     kind = _loss_dtype(input, target, soft)
     if shift:
-        target = _shifted(target, ignore)
+        target = shifted(target, ignore)
     x = input.reshape(-1, input.shape[-1])
     prob = target.reshape(-1, vocab) if soft else None
     ids = None if soft else target.reshape(-1)
-    limit = extra_bytes(max_extra_bytes)
     chunk = getattr(options, "batch_chunk_size", None)
     if not limit and chunk:
         limit = chunk * vocab * input.element_size()
@@ -436,7 +491,7 @@ def _per_position(
     wide = input.to(torch.promote_types(input.dtype, torch.float32))  # gradients of the positions add up in float32
     each = [
         linear_cross_entropy(
-            wide.to(input.dtype), heads[:, k].contiguous(), targets[..., k].contiguous(),
+            wide.to(input.dtype), heads[:, k], targets[..., k].contiguous(),
             linear_bias=None if biases is None else biases[:, k].contiguous(), weight=weight,
             reduction="none" if reduction == "none" else "sum", ignore_index=None if soft else ignore,
             label_smoothing=smoothing, z_loss=extras.z_loss, softcap=extras.softcap, logit_scale=extras.logit_scale,
@@ -450,5 +505,6 @@ def _per_position(
     if reduction == "sum":
         return total
     ids = None if soft else target.reshape(-1)
-    count = denominator(ids, input.shape[0] * positions, weight, ignore, reduction, total.detach().float())
-    return (total / count).to(total.dtype)
+    count = denominator(ids, input.shape[0] * positions, weight, ignore, reduction, total.detach().to(wide.dtype))
+    some = count != 0  # of no rows torch's mean is NaN, its gradient 0
+    return torch.where(some, total / torch.where(some, count, 1.0), torch.nan).to(total.dtype)

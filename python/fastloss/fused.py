@@ -13,12 +13,22 @@ import torch
 from torch import Tensor
 
 from . import losses, registry
-from .autograd import Options, _differentiate, _ops, keeps_graph
+from .autograd import Options, _differentiate, _ops, batched, keeps_graph
 from .compiled import _C, DTYPES, pointer
 from .contract import NUM_EPILOGUES, Needs, Want
 from .losses.cross_entropy import target_weight
 from .reference import epilogue_coefficients, statistics
 from .statistics import RowStats, largest
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Plain tensors and nobody recording: kernels may be called without the dispatcher, and numbers may be looked at."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
 
 
 class Formula(NamedTuple):
@@ -36,9 +46,8 @@ def pack(
     column_weight: Tensor | None, temperature: Tensor | None = None, shape: torch.Size | None = None,
 ) -> RowStats:  # fmt: skip
     """RowStats over what the ops return."""
-    weight_sum = None if column_weight is None else column_weight.to(stats.dtype).sum()
     return RowStats(
-        stats, top, argmax, target, soft, vocab, Want(o.want), temperature, weight_sum, o.ignore_index,
+        stats, top, argmax, target, soft, vocab, Want(o.want), temperature, column_weight, o.ignore_index,
         torch.Size((stats.shape[1],)) if shape is None else shape,
     )  # fmt: skip
 
@@ -98,12 +107,13 @@ class _Terms:
     ) -> None:
         self.target, self.class_weight, self.v, self.formula = target, class_weight, v, f
         self.share: Tensor | None = None
-        native = x.device.type == "cpu" and x.dtype in DTYPES and _C is not None
-        self.native = native and not torch.compiler.is_compiling()
+        self.native = (
+            x.device.type == "cpu" and x.dtype in DTYPES and _C is not None and direct(x, target, class_weight)
+        )
         if self.native:
             self.weight = None if class_weight is None else class_weight.to(torch.float32).contiguous()
             self.ids = None if target is None else target.contiguous()
-            self.epilogue = torch.empty(NUM_EPILOGUES, n)
+            self.epilogue = torch.empty(NUM_EPILOGUES, n, dtype=torch.float32, device="cpu")
             _C.cross_entropy_epilogue(*self._numbers(n), self.epilogue.data_ptr())  # type: ignore[union-attr]
         else:
             self.share = _share(target, n, class_weight, f, x)
@@ -122,7 +132,9 @@ class _Terms:
             numbers = self._numbers(stats.shape[1])
             value = _C.cross_entropy_loss(*numbers, self.epilogue.data_ptr(), stats.contiguous().data_ptr())  # type: ignore[union-attr]
             return stats.new_tensor(value)
-        share = _share(self.target, stats.shape[1], self.class_weight, self.formula, stats)
+        share = self.share
+        if share is None:  # stats of another dtype than the native path's
+            share = _share(self.target, stats.shape[1], self.class_weight, self.formula, stats)
         return _reduced(stats, argmax, self.target, self.class_weight, self.v, self.formula, share)
 
 
@@ -155,7 +167,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, target, prob, class_weight, stats, argmax, epilogue, dlogits = ctx.saved_tensors
         f: Formula = ctx.formula
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(g)):
             share = _share(target, logits.shape[0], class_weight, f, logits)
             (d,) = _differentiate(lambda z: (_composition(z, target, prob, class_weight, f, share),), (logits,), (g,))
             return d, None, None, None, None
@@ -169,16 +181,13 @@ class CrossEntropy(torch.autograd.Function):
 
         if g.device.type == "cpu":
             d = (dlogits.clone() if keep else dlogits) if g.item() == 1 else exact()
-        elif keep:
-            d = torch.where(g == 1, dlogits, exact())
-        else:  # nobody else holds dlogits; whether g is 1 is known to the device alone
-            up = g.to(epilogue.dtype)
+        else:  # whether g is 1 is known to the device alone; without keep nobody else holds dlogits
+            d, up = dlogits.clone() if keep else dlogits, g.to(epilogue.dtype)
             coef = epilogue_coefficients(stats, epilogue * up, prob is not None)
             registry.run(
-                "row_stats_backward_unless_one_", dlogits, up, coef, stats, argmax, logits, target, prob, class_weight,
-                None, *f.options,
+                "row_stats_backward_unless_one_", d, up, coef, stats, argmax, logits, target, prob, class_weight, None,
+                *f.options,
             )  # fmt: skip
-            d = dlogits
         return d, None, None, None, None
 
 
@@ -204,7 +213,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         x, w, bias, target, prob, class_weight, dx, dw, db = ctx.saved_tensors
         f: Formula = ctx.formula
         nothing = (None,) * 5
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(g)):
             share = _share(target, x.shape[0], class_weight, f, x)
 
             def compose(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor]:
@@ -213,14 +222,17 @@ class LinearCrossEntropy(torch.autograd.Function):
 
             return *_differentiate(compose, (x, w, bias), (g,)), *nothing
         grads = (dx, dw, db)
-        if torch.compiler.is_compiling() or keeps_graph():
+        if not direct(g, dx, dw) or keeps_graph():
             grads = tuple(d * g for d in grads)
         elif g.device.type != "cpu":
+            up = g.float()
             for d in grads:
-                registry.run("scale_unless_one_", d, g.float())
-        elif g.item() != 1:
-            for d in grads:
-                d.mul_(g)
+                if d.numel():
+                    registry.run("scale_unless_one_", d, up)
+        elif g.item() != 1:  # not in place: with saved_tensors_hooks the tensors may be the user's
+            grads = tuple(d * g for d in grads)
+        operands = (x, w, w if bias is None else bias)
+        grads = tuple(d.to(t.dtype) for d, t in zip(grads, operands, strict=True))  # float16: float32 until here
         wanted = (Needs.INPUT, Needs.WEIGHT, Needs.BIAS)
         return *(d if ctx.needs & flag else None for d, flag in zip(grads, wanted, strict=True)), *nothing
 
@@ -239,7 +251,7 @@ def evaluate_linear(
 ) -> Tensor:  # fmt: skip
     """The loss of a linear head, no gradient: one GEMM."""
     terms = _Terms(x, target, x.shape[0], w.shape[0], class_weight, f)
-    stats, argmax = _ops.linear_row_stats.default(
-        x, w, bias, target, prob, class_weight, None, *f.options, f.max_extra_bytes
+    stats, argmax, *_ = _ops.linear_cross_entropy.default(
+        x, w, bias, target, prob, class_weight, terms.epilogue, *f.options, Needs.NOTHING.value, f.max_extra_bytes
     )
     return terms.loss(stats, argmax)

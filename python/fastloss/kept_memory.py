@@ -33,8 +33,10 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < LARGE or _C is None:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(_C.Memory(size), dtype=dtype, count=count).view(shape)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    storage = torch.frombuffer(_C.Memory(size), dtype=torch.uint8).untyped_storage()
+    strides = torch.empty(shape, device="meta").stride()
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tuple(shape), strides)  # type: ignore[call-overload]
 
 
 if "FASTLOSS_KEEP_BYTES" in os.environ:

@@ -37,12 +37,16 @@ def _dense(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _gradients(x: Tensor, w: Tensor, bias: Tensor | None, needs: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        _dense(x) if needs & Needs.INPUT else x.new_empty(0),
-        _dense(w) if needs & Needs.WEIGHT else w.new_empty(0),
-        _dense(bias) if bias is not None and needs & Needs.BIAS else w.new_empty(0),
-    )
+def _gradients(
+    x: Tensor, w: Tensor, bias: Tensor | None, needs: int, wide: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(t: Tensor | None, flag: Needs) -> Tensor:
+        given = t is not None and bool(needs & flag)
+        t = w if t is None else t
+        dtype = torch.float32 if wide and t.dtype == torch.float16 else t.dtype
+        return t.new_empty(t.shape if given else (0,), dtype=dtype)
+
+    return like(x, Needs.INPUT), like(w, Needs.WEIGHT), like(bias, Needs.BIAS)
 
 
 _ROW = "Tensor? target=None, Tensor? prob=None, Tensor? column_weight=None"
@@ -78,7 +82,7 @@ def _linear_cross_entropy_fake(
     x, w, bias, target, prob, column_weight, epilogue,
     ignore_index=-100, want=0, scale=1.0, softcap=0.0, needs=7, max_extra_bytes=0,
 ):  # fmt: skip
-    return *_stats(x, want), *_gradients(x, w, bias, needs)
+    return *_stats(x, want), *_gradients(x, w, bias, needs, wide=True)
 
 
 _define(f"row_stats(Tensor logits, {_ROW}, Tensor? temperature=None, {_TAIL}) -> (Tensor, Tensor)", _row_stats_fake)
@@ -113,6 +117,8 @@ _define(  # dW is added to grad_weight, float32, instead of being returned
         x, w, bias, rest[8] if len(rest) > 8 else 7
     )[::2],
 )
+# The gradients of float16 operands come back in float32: those of a mean are too small for it, and the upstream gradient,
+# a loss scale of 2^16 perhaps, is multiplied in only later.
 _define(
     f"linear_cross_entropy(Tensor x, Tensor w, Tensor? bias, Tensor? target, Tensor? prob, Tensor? column_weight,"
     f" Tensor epilogue, {_TAIL}, int needs=7, int max_extra_bytes=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

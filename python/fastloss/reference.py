@@ -191,7 +191,7 @@ def epilogue_coefficients(stats: Tensor, epilogue: Tensor, soft: bool) -> Tensor
         coef[Coef.REST] = nll * mass + lse_weight + 2 * lse_squared * (m + logsum)
         coef[Coef.OWN] = -nll
     else:
-        d = (picked - finite(m)) - logsum
+        d = torch.where(picked == INF, math.nan, (picked - finite(m)) - logsum)  # inf - inf, as in torch
         lse = torch.where(logsum == -INF, picked, finite(m) + logsum + torch.nn.functional.softplus(d))
         h = lse_weight + torch.where(lse_squared == 0, 0.0, 2 * lse_squared * lse)
         coef[Coef.REST] = (nll + h) * torch.sigmoid(-d)

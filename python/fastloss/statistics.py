@@ -18,7 +18,7 @@ class RowStats:
 
     With a target column y, "rest" is every other column; with target probabilities q, or with no target, it is all columns.
     Each property is a tensor of the rows' shape, float32 (float64 for float64 input). A property that needs a statistic
-    which was not asked for raises ValueError naming it.
+    which was not asked for raises ValueError naming it. On rows whose target is ignored every statistic is 0 (argmax is -1).
     """
 
     table: Tensor  # [8, N]
@@ -29,7 +29,7 @@ class RowStats:
     vocab: int
     want: Want
     temperature: Tensor | None
-    weight_sum: Tensor | None  # sum of the column weights
+    column_weight: Tensor | None
     ignore_index: int
     shape: torch.Size
 
@@ -46,6 +46,10 @@ class RowStats:
         if self.target is None:
             return torch.ones(self.shape, dtype=torch.bool, device=self.table.device)
         return (self.target != self.ignore_index).reshape(self.shape)
+
+    def _counted(self, rows: Tensor) -> Tensor:
+        """0 on ignored rows, which have no statistics."""
+        return rows if self.target is None else torch.where(self.valid, rows, 0.0)
 
     @property
     def reference_point(self) -> Tensor:
@@ -75,17 +79,19 @@ class RowStats:
             raise ValueError(
                 "margin, logp and log1mp need a target column: class indices, not probabilities or no target"
             )
-        return (self._row(Stat.TARGET) - self.reference_point) - self._row(Stat.LOGSUM)
+        picked = self._row(Stat.TARGET)
+        margin = (picked - self.reference_point) - self._row(Stat.LOGSUM)
+        return torch.where(picked == INF, torch.nan, margin)  # as in torch, where it is inf - inf
 
     @property
     def logp(self) -> Tensor:
         """log p_y."""
-        return F.logsigmoid(self.margin)
+        return self._counted(F.logsigmoid(self.margin))
 
     @property
     def log1mp(self) -> Tensor:
         """log(1 - p_y)."""
-        return F.logsigmoid(-self.margin)
+        return self._counted(F.logsigmoid(-self.margin))
 
     @property
     def _lse_gap(self) -> Tensor:
@@ -96,7 +102,7 @@ class RowStats:
         picked = self._row(Stat.TARGET) - self.reference_point
         empty = logsum == -INF  # the target is the only column; the sum below would be -inf + inf
         some = torch.where(empty, 0.0, logsum)
-        return torch.where(empty, picked, some + F.softplus(picked - some))
+        return self._counted(torch.where(empty, picked, some + F.softplus(picked - some)))
 
     @property
     def lse(self) -> Tensor:
@@ -130,7 +136,7 @@ class RowStats:
 
     @property
     def _weights(self) -> Tensor | float:
-        return float(self.vocab) if self.weight_sum is None else self.weight_sum
+        return float(self.vocab) if self.column_weight is None else self.column_weight.to(self.table.dtype).sum()
 
     @property
     def nll_sum(self) -> Tensor:
@@ -161,7 +167,9 @@ class RowStats:
             raise ValueError("tempered_lse needs a temperature")
         t = self.temperature.reshape(self.shape)
         rest = self.reference_point / t + self._row(Stat.LOGSUM_T)
-        return rest if self.soft or self.target is None else torch.logaddexp(rest, self._row(Stat.TARGET) / t)
+        if self.soft or self.target is None:
+            return rest
+        return self._counted(torch.logaddexp(rest, self._row(Stat.TARGET) / t))
 
     @property
     def max(self) -> Tensor:
@@ -180,7 +188,7 @@ class RowStats:
         """1.0 where argmax is the target, else 0.0."""
         if self.target is None:
             raise ValueError("accuracy needs class indices as target")
-        return (self.argmax == self.target.reshape(self.shape)).to(self.table.dtype)
+        return self._counted((self.argmax == self.target.reshape(self.shape)).to(self.table.dtype))
 
 
 def largest(stats: Tensor, want: int, soft: bool) -> Tensor:

@@ -14,7 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc" / "cuda"
 HERE = Path(__file__).resolve().parent
 FLAGS = {
     "plain": ["-O2"],
@@ -22,7 +23,7 @@ FLAGS = {
     "asan": ["-O1", "-g", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-g", "-fsanitize=thread"],
 }
-CACHE = Path(os.environ.get("FASTLOSS_EMU_CACHE", tempfile.gettempdir())) / "fastloss_cuda_host"
+CACHE = ROOT / "build" / "cuda_host"  # the tree's own: a folder that others can write to could hold any library
 
 Patch = tuple[str, str, str]
 """A file of csrc/cuda, a text that stands in it exactly once, and what replaces it."""

@@ -243,7 +243,6 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 
 // ---- the PTX wrappers of common.cuh
 namespace fastloss {
-inline unsigned lane_id() { return emu::cur->lane; }
 inline unsigned cluster_rank() { return emu::cur->block->rank; }
 inline unsigned cluster_size() { return emu::g.cluster; }
 template <class T> T *cluster_map(T *p, unsigned rank, EMU_AT) {
@@ -263,9 +262,6 @@ inline void cp_async16(void *shared, const void *global, unsigned bytes = 16, EM
 }
 inline void cp_async_commit() { ++emu::cur->group; }
 template <int LEFT> void cp_async_wait() { emu::cp_async_wait(LEFT); }
-inline void named_barrier_sync(unsigned id, unsigned threads, EMU_AT) {
-  emu::barrier(id, threads, 0, {"named_barrier_sync", file_, line_});
-}
 template <class T> T load_stream(const T *p, EMU_AT) {
   emu::aligned(p, "load_stream", file_, line_);
   return *p;
