@@ -281,3 +281,11 @@ def test_every_loss_name_of_torch_is_there() -> None:
     for name in dir(torch.nn):
         if "Loss" in name and isinstance(getattr(torch.nn, name), type):
             assert issubclass(getattr(fastloss.nn, name), torch.nn.Module), name
+
+
+def test_swapping_the_import_is_safe() -> None:
+    """What is no loss is torch's own; what torch does not have is an AttributeError."""
+    assert fastloss.nn.Linear is torch.nn.Linear and fastloss.functional.relu is torch.nn.functional.relu
+    for module in (fastloss.nn, fastloss.functional):
+        with pytest.raises(AttributeError, match="no_such_name"):
+            _ = module.no_such_name

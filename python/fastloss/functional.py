@@ -508,3 +508,8 @@ def _per_position(
     count = denominator(ids, input.shape[0] * positions, weight, ignore, reduction, total.detach().to(wide.dtype))
     some = count != 0  # of no rows torch's mean is NaN, its gradient 0
     return torch.where(some, total / torch.where(some, count, 1.0), torch.nan).to(total.dtype)
+
+
+def __getattr__(name: str) -> Any:
+    """Whatever else torch.nn.functional has, so that swapping the import is always safe."""
+    return getattr(F, name)

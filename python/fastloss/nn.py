@@ -175,3 +175,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             f"bias={self.linear.bias is not None}, reduction={self.reduction}, ignore_index={self.ignore_index}, "
             f"label_smoothing={self.label_smoothing}"
         )
+
+
+def __getattr__(name: str) -> Any:
+    """Whatever else torch.nn has, so that swapping the import is always safe."""
+    return getattr(torch.nn, name)
