@@ -773,3 +773,17 @@ def test_backend_named_by_the_environment() -> None:
     out = {name: (*p.communicate(timeout=120), p.returncode) for name, p in started.items()}
     assert out["reference"][2] == 0 and out["reference"][0].strip().endswith("reference"), out["reference"]
     assert out["fastest"][2] != 0 and "ValueError: unknown backend 'fastest'" in out["fastest"][1]
+
+
+def test_shift_keeps_sequences_apart_where_torch_runs() -> None:
+    """A head without features runs on torch's functions: the first token of a sequence is still not its neighbour's target."""
+    x, w, y = torch.zeros(2, 3, 0), torch.zeros(5, 0), torch.randint(0, 5, (2, 3))
+    bias = torch.randn(5)
+    loss, numbers = fastloss.linear_cross_entropy(x, w, y, linear_bias=bias, shift=True, returns="lse")
+    want = F.cross_entropy(bias.expand(4, 5), y[:, 1:].flatten())
+    torch.testing.assert_close(loss, want)
+    assert numbers["lse"].shape == (2, 3) and (numbers["lse"][:, -1] == 0).all()
+    alone = fastloss.linear_cross_entropy(
+        torch.randn(4), torch.randn(5, 4), torch.tensor(2), shift=True, reduction="sum"
+    )
+    assert alone == 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastloss
-from fastloss import reference
+from fastloss import backend_cpp, reference
 from fastloss.contract import NUM_COEFS, NUM_EPILOGUES, Coef, Want
 from hard_rows import ROWS, hard_rows
 
@@ -168,3 +168,19 @@ def test_thread_count_does_not_change_a_bit(threads: int) -> None:
         assert torch.equal(OPS.row_stats(z, t)[0], other)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_are_what_users_reach_by_default(dtype: torch.dtype) -> None:
+    """Not the reference, and on AVX-512 the fused head, not the chunks."""
+    z, x, w, y = (
+        torch.randn(4, 9).to(dtype),
+        torch.randn(4, 6).to(dtype),
+        torch.randn(9, 6).to(dtype),
+        torch.randint(0, 9, (4,)),
+    )
+    assert fastloss.registry.choose("row_stats", z, y) == fastloss.registry.choose("linear_row_stats", x, w) == "cpp"
+    head = (x, w, None, y, None, None, torch.zeros(NUM_EPILOGUES, 4))
+    assert fastloss.registry.choose("linear_cross_entropy", *head) == "cpp"
+    fused = backend_cpp._Head(*head, -100, 0, 1.0, 0.0, 7, 0)
+    assert fused.why_not is None or backend_cpp._C.best_isa() < 2, fused.why_not

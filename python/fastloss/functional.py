@@ -277,7 +277,7 @@ def cross_entropy(
         return by_torch(f"input {tuple(input.shape)}, target {tuple(target.shape)} {target.dtype}, or the weight")
     kind = _loss_dtype(input, target, soft)
     if shift:
-        target = shifted(target, ignore_index) if target.dim() else torch.full_like(target, ignore_index)
+        target = shifted(target, ignore_index)
     ids = None if soft else target if target.dim() == 1 else target.reshape(-1)
     prob = _rows(target, vocab) if soft else None
     logits = _rows(input, vocab)
@@ -363,25 +363,32 @@ def linear_cross_entropy(
 
     def by_torch() -> Any:
         """The composition, on whose logits our cross entropy (or torch's) then works."""
+        if not _plain(input, linear_weight, target, linear_bias, weight):
+            _refuse(extras, "a tensor has rules of its own (a subclass, or not dense)")
         for name, given in (("grad_weight", grad_weight), ("max_extra_bytes", max_extra_bytes)):
             if given is not None:
-                raise ValueError(f"{name} cannot be used here: this call runs on torch's own functions")
+                raise ValueError(
+                    f"{name} cannot be used here, no kernel takes input {tuple(input.shape)} {input.dtype}, linear_weight "
+                    f"{tuple(linear_weight.shape)}, target {tuple(target.shape)} {target.dtype}, reduction {reduction!r}"
+                )
         z = F.linear(
             input,
             linear_weight.reshape(math.prod(linear_weight.shape[:-1]), input.shape[-1]),
             None if linear_bias is None else linear_bias.reshape(-1),
         )
         z = z.reshape(*batch, vocab, *many)
+        flat = shifted(target, ignore) if shift else target  # while the positions are still apart
         if len(batch) > 1:  # torch's layout has the classes second
-            z = z.reshape(-1, vocab, *many)
-            flat = target.reshape(-1, vocab, *many) if soft else target.reshape(-1, *many)
-        else:
-            flat = target
+            z = z.reshape(batch.numel(), vocab, *many)
+            flat = flat.reshape(batch.numel(), vocab, *many) if soft else flat.reshape(batch.numel(), *many)
         out = cross_entropy(
             z, flat, weight, None, ignore, None, reduction, label_smoothing, z_loss=z_loss, softcap=softcap,
-            logit_scale=logit_scale, shift=shift, returns=extras.returns,
+            logit_scale=logit_scale, returns=extras.returns,
         )  # fmt: skip
-        return out.reshape((*batch, *many)) if isinstance(out, Tensor) and reduction == "none" else out
+        loss, numbers = out if extras.returns else (out, {})
+        loss = loss.reshape((*batch, *many)) if reduction == "none" else loss
+        numbers = {name: t.reshape((*batch, *many)) for name, t in numbers.items()}
+        return (loss, numbers) if extras.returns else loss
 
     fits = target.shape == (*batch, *many) and target.dtype == torch.int64
     if soft:
