@@ -96,7 +96,9 @@ def split_arguments(loss: Callable[..., Any], given: Mapping[str, Any]) -> tuple
     known = find(loss)
     if known is not None:
         parameters = {**known.defaults, **own}
-        engine["stats"] = tuple(dict.fromkeys((*known.needs(parameters), *engine.get("stats", ()))))
+        asked = engine.get("stats", ())
+        asked = (asked,) if isinstance(asked, str) else tuple(asked)
+        engine["stats"] = tuple(dict.fromkeys((*known.needs(parameters), *asked)))
         if known.temperature is not None:
             engine["temperature"] = parameters[known.temperature]
     return own, engine
