@@ -1,6 +1,6 @@
 """Fused loss and head kernels for PyTorch: large-vocabulary softmax without the logits, drop-in for torch.nn losses."""
 
-from . import functional, losses, nn
+from . import functional, losses, nn, terms
 from .device_checks import check_device_targets
 from .engine import linear_row_stats, row_stats
 from .functional import cross_entropy, linear_cross_entropy
@@ -9,14 +9,20 @@ from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from .registry import BackendError, backends, explain, use_backend
 from .row_loss import linear_row_loss, row_loss
 from .statistics import RowStats
+from .terms import HLGauss, RowTerm, TeacherHead
+from .wide_statistics import WideRowStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "CrossEntropyLoss",
+    "HLGauss",
     "LinearCrossEntropyLoss",
     "RowStats",
+    "RowTerm",
+    "TeacherHead",
+    "WideRowStats",
     "__version__",
     "backends",
     "check_device_targets",
@@ -31,5 +37,6 @@ __all__ = [
     "nn",
     "row_loss",
     "row_stats",
+    "terms",
     "use_backend",
 ]
