@@ -170,9 +170,10 @@ def row_stats(
     want = want_flags(stats)
     check_rows(logits, vocab, target, column_weight)
     ids, prob = split_target(target, rows, vocab, shape, shift, ignore_index)
+    wide = Wide(listed, teacher, term, subset, generated)
+    want, temperature = wide.simplify(want, temperature)
     warm = _temperature(temperature, want, rows, shape, logits)
     o = options(ignore_index, want, logit_scale, softcap)
-    wide = Wide(listed, teacher, term, subset, generated)
     if asked := asks_wide(wide, warm, o, logits, vocab, shape, ids, prob, column_weight):
         return asked.pack(*autograd_terms.row_terms(logits.reshape(rows, vocab), asked.operands, asked.options))
     out = autograd.row_stats(logits.reshape(rows, vocab), ids, prob, column_weight, warm, o)

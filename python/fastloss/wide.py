@@ -30,6 +30,13 @@ class Wide(NamedTuple):
         """Whether any of them was given."""
         return any(x is not None for x in self)
 
+    def simplify(self, want: Want, temperature: float | Tensor | None) -> tuple[Want, float | Tensor | None]:
+        """`row_terms` makes the LSE at the temperature in any case, and needs none that is 1."""
+        if not self.given:
+            return want, temperature
+        plain = not isinstance(temperature, Tensor) and temperature == 1
+        return want & ~Want.TEMPERED, None if plain else temperature
+
 
 class Asked(NamedTuple):
     """One call of `row_terms`: its operands and options, rows flattened."""

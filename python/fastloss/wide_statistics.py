@@ -89,6 +89,11 @@ class WideRowStats(RowStats):
         return self._centre + self._log_total
 
     @property
+    def rest_logp(self) -> Tensor:
+        """log of the probability of all columns that are not listed, at temperature 1."""
+        return self._row(TermStat.REST_LOGSUM) + (self.reference_point - self._centre) - self._log_total
+
+    @property
     def listed_logits(self) -> Tensor:
         """z of the listed columns [..., K], the target's first where there is a target; -inf where an id is absent."""
         return self.table[TermStat.LISTED :].T.reshape(*self.shape, -1)
