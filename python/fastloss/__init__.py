@@ -2,6 +2,7 @@
 
 from . import functional, losses, nn, terms
 from .device_checks import check_device_targets
+from .distillation_modules import boundary_distillation, multi_aspect_distillation
 from .engine import linear_row_stats, row_stats
 from .functional import cross_entropy, linear_cross_entropy
 from .kept_memory import keep_memory
@@ -25,6 +26,7 @@ __all__ = [
     "WideRowStats",
     "__version__",
     "backends",
+    "boundary_distillation",
     "check_device_targets",
     "cross_entropy",
     "explain",
@@ -34,6 +36,7 @@ __all__ = [
     "linear_row_loss",
     "linear_row_stats",
     "losses",
+    "multi_aspect_distillation",
     "nn",
     "row_loss",
     "row_stats",

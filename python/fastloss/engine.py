@@ -11,8 +11,7 @@ from torch import Tensor
 from . import autograd, autograd_terms
 from .autograd import Options
 from .contract import Want
-from .fused import pack
-from .statistics import RowStats
+from .statistics import RowStats, pack
 from .terms import HLGauss, RowTerm
 from .wide import Asked, Wide, ask
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from . import registry
 from .autograd import Options, _differentiate, _ops, batched, forward_mode_active, functorch_active, keeps_graph
 from .contract import Needs
-from .fused import denominator, direct, pack
+from .fused import denominator, direct
 from .reference import statistics
-from .statistics import RowStats, coefficients
+from .statistics import RowStats, coefficients, pack
 
 Rows = Callable[[RowStats], Tensor]
 
