@@ -217,7 +217,9 @@ class RowStats:
             raise ValueError("rest_log_power_sum needs a temperature")
         logsum, tempered = self._row(Stat.LOGSUM), self._row(Stat.LOGSUM_T)
         some = logsum != -INF
-        log_sum = torch.where(some, tempered, 0.0) - torch.where(some, logsum, 0.0) / self.temperature.reshape(self.shape)
+        log_sum = torch.where(some, tempered, 0.0) - torch.where(some, logsum, 0.0) / self.temperature.reshape(
+            self.shape
+        )
         return torch.where(some, log_sum, -INF)
 
     @property

@@ -52,8 +52,8 @@ def calibration(stats: RowStats, *, temperature: float | Tensor | None = None) -
 def logit_margin(logits: Tensor, *, margin: float = 10.0) -> Tensor:
     """(1/V) sum_j relu(max_k z_k - z_j - margin) of logits [..., V], one value a row; columns of -inf add nothing.
 
-    The penalty of margin-based label smoothing (MbLS): add 0.1 of it to cross entropy. float16 and bfloat16 are computed in float32.
-    Raises ValueError for margin < 0.
+    The penalty of margin-based label smoothing (MbLS): add 0.1 of it to cross entropy. float16 and bfloat16
+    are computed in float32. Raises ValueError for margin < 0.
 
     Liu, Ben Ayed, Galdran and Dolz, "The Devil is in the Margin: Margin-based Label Smoothing for Network Calibration" (2022).
     """

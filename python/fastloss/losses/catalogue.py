@@ -68,7 +68,8 @@ def row(
 
     statistics: the names to ask `row_stats` for besides the target logit and the LSE of the rest; a function of the
     loss's keyword parameters where they depend on them. temperature: that of the statistics: the name of the parameter
-    that is it, a number, or a function of the keyword parameters. published: what the published code gets wrong and what is done here instead.
+    that is it, a number, or a function of the keyword parameters. published: what the published code gets wrong and what
+    is done here instead.
     """
 
     def register(function: Function) -> Function:

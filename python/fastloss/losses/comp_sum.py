@@ -120,9 +120,7 @@ def mean_absolute_error(stats: RowStats, *, factor: float = 1.0) -> Tensor:
     source=PAPER,
     statistics=("sum", "sumsq"),
 )
-def smooth_adversarial_comp_sum(
-    stats: RowStats, difference: RowStats, *, tau: float = 1.0, nu: float = 1.0
-) -> Tensor:
+def smooth_adversarial_comp_sum(stats: RowStats, difference: RowStats, *, tau: float = 1.0, nu: float = 1.0) -> Tensor:
     """comp_sum of the clean scores z plus nu times the l2 distance of the margins z_y - z_j under an attack z'.
 
     stats: `row_stats(z, y)`. difference: `row_stats(z' - z, y, stats="sumsq")`, the same target; on a linear head it is

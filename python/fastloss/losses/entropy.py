@@ -106,8 +106,9 @@ def tsallis_entropy(stats: RowStats, *, q: float = 2.0, normalize: bool = False)
     if stats.target is None:
         missing = -expm1(stats.rest_log_power_sum)
     else:
-        rest = torch.exp(q * stats.log1mp + stats.rest_log_power_sum)
-        missing = -expm1(q * stats.logp) - rest
+        larger, smaller = torch.maximum(stats.logp, stats.log1mp), torch.minimum(stats.logp, stats.log1mp)
+        two = -expm1(q * larger) - torch.exp(q * smaller)  # of the target against the rest as one class
+        missing = two - torch.exp(q * stats.log1mp) * expm1(stats.rest_log_power_sum)
     largest = -math.expm1((1 - q) * classes)
     rows = missing / largest if normalize and classes else missing / (q - 1)
     return counted(stats, rows)

@@ -45,9 +45,7 @@ def ldr_kl(stats: RowStats, *, lam: float = 1.0, margin: float = 2.0) -> Tensor:
     temperature="lam",
     published="adds 1e-5 to p and normalises again before the entropy, which is then not that of p; here the entropy itself",
 )
-def aldr_kl(
-    stats: RowStats, *, lam: Tensor, initial: float = 1.0, alpha: float = 1.0, margin: float = 1.0
-) -> Tensor:
+def aldr_kl(stats: RowStats, *, lam: Tensor, initial: float = 1.0, alpha: float = 1.0, margin: float = 1.0) -> Tensor:
     """LDR-KL whose lam is one number a row, minus what it costs to move it from `initial` (the paper's lam_0).
 
     lam: a tensor of the rows' shape, taken as a constant: from `AdaptiveLambda`. Raises ValueError for statistics at

@@ -21,6 +21,7 @@ def _loss(logp: Tensor, log1mp: Tensor, n: float | Tensor) -> Tensor:
 
     Where n P is tiny it is (n - 1) P / 2 - log(n P): P itself may underflow there, but log P does not.
     """
+    n = n.to(logp.dtype) if isinstance(n, Tensor) else n
     log_n = n.log() if isinstance(n, Tensor) else math.log(n)
     log_np = logp + log_n
     tiny = log_np < _SERIES_BELOW
@@ -75,9 +76,7 @@ def pass_at_n_sequence(logp: Tensor, *, n: float | Tensor = 16) -> Tensor:
     gradient=f"-F_s for every token of step s, {_F}",
     source=PAPER,
 )
-def pass_at_n_step(
-    logp: Tensor, step: Tensor, *, n: float | Tensor = 16, steps: int | None = None
-) -> Tensor:
+def pass_at_n_step(logp: Tensor, step: Tensor, *, n: float | Tensor = 16, steps: int | None = None) -> Tensor:
     """`pass_at_n_sequence` of each step (tactic, sentence) of an answer: [steps].
 
     logp: log-probabilities of tokens, any shape. step: the step that each token belongs to (int64, the same shape); a

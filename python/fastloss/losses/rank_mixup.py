@@ -46,7 +46,8 @@ def mixup_ranking(
 
 
 @catalogue.entry(
-    formula="1 - min(D / I, I / D), D = sum_k r_k / log2(k + 1) over confidences r, raw first then by falling share; I of 1 and the shares",
+    formula="1 - min(D / I, I / D), D = sum_k r_k / log2(k + 1), r: confidences, the raw one first, then by falling share; "
+    "I: the same of 1 and the shares",
     gradient="of the composition, by PyTorch; dr/dz_j = p_max (1[j=argmax] - p_j)",
     source=PAPER,
     statistics=("argmax",),

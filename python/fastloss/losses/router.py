@@ -117,7 +117,9 @@ def dynmole_load_balance(
     mask: bool [..., E], the experts of each token, from `dynmole_routing`. Raises ValueError for a mask of another shape.
     """
     if mask.shape != gate_logits.shape:
-        raise ValueError(f"mask must have the shape of gate_logits, {tuple(gate_logits.shape)}, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask must have the shape of gate_logits, {tuple(gate_logits.shape)}, got {tuple(mask.shape)}"
+        )
     p, share = _probabilities(gate_logits, valid)
     weights = torch.where(mask.reshape(p.shape).bool(), p, 0.0)
     return coefficient * p.shape[1] * ((weights * share).sum(0) * (p * share).sum(0)).sum()
