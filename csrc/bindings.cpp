@@ -31,8 +31,8 @@ struct Memory {
 RowStats row_stats_of(int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight,
                       uintptr_t temperature, uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits,
                       int64_t n, int64_t v, int64_t ld, int64_t ld_prob, int64_t ld_out, int64_t ignore_index,
-                      int dtype, int prob_dtype, int want, float scale, float softcap, int margin_loss, float margin_a,
-                      float margin_b) {
+                      int dtype, int prob_dtype, int want, float scale, float softcap, int margin_loss, double margin_a,
+                      double margin_b) {
   return {pointer<void>(logits),
           pointer<int64_t>(target),
           pointer<void>(prob),
@@ -66,7 +66,7 @@ LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
                              int64_t n, int64_t d, int64_t v, int64_t ldx, int64_t ldw, int64_t ignore_index,
                              int64_t max_extra_bytes, int dtype, int want, float scale, float softcap, int margin_loss,
-                             float margin_a, float margin_b) {
+                             double margin_a, double margin_b) {
   return {pointer<void>(x),
           pointer<void>(w),
           pointer<float>(bias),
@@ -100,7 +100,7 @@ LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
       py::arg("temperature"), py::arg("row"), py::arg("stats"), py::arg("argmax"), py::arg("dlogits"), py::arg("n"),   \
       py::arg("v"), py::arg("ld"), py::arg("ld_prob"), py::arg("ld_out"), py::arg("ignore_index"), py::arg("dtype"),   \
       py::arg("prob_dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"), py::kw_only(),                     \
-      py::arg("margin_loss") = 0, py::arg("margin_a") = 0.f, py::arg("margin_b") = 0.f
+      py::arg("margin_loss") = 0, py::arg("margin_a") = 0.0, py::arg("margin_b") = 0.0
 
 // And of LinearCrossEntropy.
 #define LINEAR_KEYWORDS                                                                                                \
@@ -108,7 +108,7 @@ LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
       py::arg("epilogue"), py::arg("stats"), py::arg("dx"), py::arg("dw"), py::arg("dbias"), py::arg("n"),             \
       py::arg("d"), py::arg("v"), py::arg("ldx"), py::arg("ldw"), py::arg("ignore_index"), py::arg("max_extra_bytes"), \
       py::arg("dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"),                                         \
-      py::arg("margin_loss") = 0, py::arg("margin_a") = 0.f, py::arg("margin_b") = 0.f, py::arg("isa")
+      py::arg("margin_loss") = 0, py::arg("margin_a") = 0.0, py::arg("margin_b") = 0.0, py::arg("isa")
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Memory>(m, "Memory", py::buffer_protocol())
@@ -144,7 +144,7 @@ PYBIND11_MODULE(_C, m) {
       [](int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight, uintptr_t temperature,
          uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits, int64_t n, int64_t v, int64_t ld,
          int64_t ld_prob, int64_t ld_out, int64_t ignore_index, int dtype, int prob_dtype, int want, float scale,
-         float softcap, int margin_loss, float margin_a, float margin_b, int isa) {
+         float softcap, int margin_loss, double margin_a, double margin_b, int isa) {
         RowStats args = row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax,
                                      dlogits, n, v, ld, ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale,
                                      softcap, margin_loss, margin_a, margin_b);
@@ -157,7 +157,7 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
          uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
          int64_t ldw, int64_t ignore_index, int64_t max_extra_bytes, int dtype, int want, float scale, float softcap,
-         int margin_loss, float margin_a, float margin_b, int isa) {
+         int margin_loss, double margin_a, double margin_b, int isa) {
         LinearCrossEntropy args =
             linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias, n, d, v, ldx, ldw,
                       ignore_index, max_extra_bytes, dtype, want, scale, softcap, margin_loss, margin_a, margin_b);
@@ -170,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
          uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
          int64_t ldw, int64_t ignore_index, int64_t max_extra_bytes, int dtype, int want, float scale, float softcap,
-         int margin_loss, float margin_a, float margin_b, int isa) {
+         int margin_loss, double margin_a, double margin_b, int isa) {
         return linear_cross_entropy_why_not(linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias,
                                                       n, d, v, ldx, ldw, ignore_index, max_extra_bytes, dtype, want,
                                                       scale, softcap, margin_loss, margin_a, margin_b),
@@ -187,7 +187,7 @@ PYBIND11_MODULE(_C, m) {
       [](int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight, uintptr_t temperature,
          uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits, int64_t n, int64_t v, int64_t ld,
          int64_t ld_prob, int64_t ld_out, int64_t ignore_index, int dtype, int prob_dtype, int want, float scale,
-         float softcap, int margin_loss, float margin_a, float margin_b, int device, uintptr_t stream,
+         float softcap, int margin_loss, double margin_a, double margin_b, int device, uintptr_t stream,
          uintptr_t upstream) {
         RowStats args = row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax,
                                      dlogits, n, v, ld, ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale,

@@ -41,7 +41,7 @@ struct RowStats {
   // kBoth with a target: another loss of the margin (margin_loss.h) in the place of the epilogue's nll; its weight is
   // kNll.
   int margin_loss;
-  float margin_a, margin_b;
+  double margin_a, margin_b;
 };
 
 } // namespace fastloss

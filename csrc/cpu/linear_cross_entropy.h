@@ -27,7 +27,7 @@ struct LinearCrossEntropy {
                            // Not counted: the accumulator, and a thread's scratch (about 2.5 MB at d = 512)
   int dtype, want;         // of Want only kSum: the other statistics are not here
   int margin_loss;         // as in RowStats
-  float margin_a, margin_b;
+  double margin_a, margin_b;
   float scale, softcap; // z = softcap * tanh(scale * logit / softcap); softcap 0: z = scale * logit
 };
 

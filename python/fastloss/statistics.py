@@ -106,7 +106,7 @@ class RowStats:
         picked = self._row(Stat.TARGET) - self.reference_point
         empty = logsum == -INF  # the target is the only column; the sum below would be -inf + inf
         some = torch.where(empty, 0.0, logsum)
-        return self._counted(torch.where(empty, picked, some + F.softplus(picked - some)))
+        return self._counted(torch.where(empty, picked, some - F.logsigmoid(some - picked)))
 
     @property
     def lse(self) -> Tensor:
@@ -195,6 +195,36 @@ class RowStats:
         """int64: the lowest column that holds the largest score; -1 on ignored rows."""
         self._asked(Want.ARGMAX, "argmax")
         return self.argmax_index.reshape(self.shape)
+
+    @property
+    def max_logp(self) -> Tensor:
+        """log p of the column `argmax`: max - lse, at the accuracy of z - max."""
+        return self._counted((self.max - self.reference_point) - self._lse_gap)
+
+    @property
+    def tempered_max_logp(self) -> Tensor:
+        """max / T - LSE(z / T): log p of the column `argmax` at the row's temperature."""
+        self._asked(Want.TEMPERED, "tempered_lse")
+        if self.temperature is None:
+            raise ValueError("tempered_max_logp needs a temperature")
+        t = self.temperature.reshape(self.shape)
+        gap = self._row(Stat.LOGSUM_T)
+        if not (self.soft or self.target is None):
+            gap = torch.logaddexp(gap, (self._row(Stat.TARGET) - self.reference_point) / t)
+        return self._counted((self.max - self.reference_point) / t - gap)
+
+    @property
+    def rest_log_power_sum(self) -> Tensor:
+        """log sum_j pi_j^(1/T) over the rest, pi = e^(z - rest_lse) its own softmax; -inf if there is no rest."""
+        self._asked(Want.TEMPERED, "tempered_lse")
+        if self.temperature is None:
+            raise ValueError("rest_log_power_sum needs a temperature")
+        logsum, tempered = self._row(Stat.LOGSUM), self._row(Stat.LOGSUM_T)
+        some = logsum != -INF
+        log_sum = torch.where(some, tempered, 0.0) - torch.where(some, logsum, 0.0) / self.temperature.reshape(
+            self.shape
+        )
+        return torch.where(some, log_sum, -INF)
 
     @property
     def accuracy(self) -> Tensor:

@@ -38,8 +38,8 @@ class CRowStats(ctypes.Structure):
         + [
             ("upstream", pointer),
             ("margin_loss", ctypes.c_int),
-            ("margin_a", ctypes.c_float),
-            ("margin_b", ctypes.c_float),
+            ("margin_a", ctypes.c_double),
+            ("margin_b", ctypes.c_double),
         ]
     )
 

@@ -20,6 +20,16 @@ from .binary import (
     profit_aware_bce,
     tri_bce,
 )
+from .calibration import calibration, logit_margin, mdca, mmce
+from .comp_sum import (
+    comp_sum,
+    generalized_cross_entropy,
+    logistic,
+    mean_absolute_error,
+    smooth_adversarial_comp_sum,
+    sum_exponential,
+    truncated_generalized_cross_entropy,
+)
 from .cross_entropy import cross_entropy
 from .distillation import (
     binary_distillation,
@@ -35,6 +45,9 @@ from .distillation import (
     teacher_cross_entropy,
     total_variation,
 )
+from .entropy import brier, confidence_penalty, entropy_bonus, lse_penalty, max_entropy, tsallis_entropy
+from .focal import adaptive_focal, focal, unlikelihood
+from .ldr import AdaptiveLambda, aldr_kl, l1_normalize, ldr_kl, softplus_normalize
 from .noisy_labels import (
     EarlyLearningTargets,
     confidence_warmup,
@@ -43,33 +56,52 @@ from .noisy_labels import (
     product_teacher,
     weak_to_strong_confidence,
 )
+from .pass_at_n import pass_at_n, pass_at_n_sequence, pass_at_n_step
+from .rank_mixup import mixup_ndcg, mixup_ranking
 from .reweighting import aggregate_response, bag_mean, hard_fraction, kl_dro, loss_reweighted, multi_sample_dropout
+from .robust import asymmetric_generalized, asymmetric_unhinged, normalized_cross_entropy, symmetric_cross_entropy
+from .router import dynmole_entropy, dynmole_load_balance, dynmole_routing, load_balance, router_z_loss
 from .sequences import approximate_likelihood, chunk_logp, edit_invariant, target_logp
 from .simplex import soft_top_k, sparse_projection
 from .sparse_distillation import plackett_luce, plackett_luce_order, sparse_forward_kl
 from .values import bin_centres, bin_readout, hl_gauss, two_hot, two_hot_columns
 
 __all__ = [
+    "AdaptiveLambda",
     "EarlyLearningTargets",
+    "adaptive_focal",
     "aggregate_response",
+    "aldr_kl",
     "approximate_likelihood",
+    "asymmetric_generalized",
+    "asymmetric_unhinged",
     "background_triplet",
     "bag_mean",
     "bin_centres",
     "bin_readout",
     "binary_distillation",
+    "brier",
+    "calibration",
     "catalogue",
     "cauchy_schwarz_dependence",
     "chunk_logp",
     "class_correlation",
+    "comp_sum",
+    "confidence_penalty",
     "confidence_warmup",
     "confident_bilateral",
     "cross_entropy",
+    "dynmole_entropy",
+    "dynmole_load_balance",
+    "dynmole_routing",
     "early_learning",
     "edit_invariant",
     "ensemble_loss",
+    "entropy_bonus",
     "exponential_map",
+    "focal",
     "forward_kl",
+    "generalized_cross_entropy",
     "hard_fraction",
     "hl_gauss",
     "hyperbolic_cross_entropy",
@@ -77,13 +109,29 @@ __all__ = [
     "jensen_shannon",
     "kl_dro",
     "knowledge_distillation",
+    "l1_normalize",
+    "ldr_kl",
+    "load_balance",
     "log_cosh",
+    "logistic",
+    "logit_margin",
     "loss_reweighted",
+    "lse_penalty",
     "masked_bce",
+    "max_entropy",
+    "mdca",
+    "mean_absolute_error",
     "mean_teacher_cross_entropy",
+    "mixup_ndcg",
+    "mixup_ranking",
+    "mmce",
     "mobius_add",
     "multi_sample_dropout",
+    "normalized_cross_entropy",
     "pairwise_confusion",
+    "pass_at_n",
+    "pass_at_n_sequence",
+    "pass_at_n_step",
     "plackett_luce",
     "plackett_luce_order",
     "poincare_distance",
@@ -92,17 +140,25 @@ __all__ = [
     "product_teacher",
     "profit_aware_bce",
     "reverse_kl",
+    "router_z_loss",
     "skewed_kl",
     "skewed_reverse_kl",
+    "smooth_adversarial_comp_sum",
     "soft_top_k",
+    "softplus_normalize",
     "sparse_forward_kl",
     "sparse_projection",
+    "sum_exponential",
+    "symmetric_cross_entropy",
     "symmetric_kl",
     "target_logp",
     "teacher_cross_entropy",
     "total_variation",
     "tri_bce",
+    "truncated_generalized_cross_entropy",
+    "tsallis_entropy",
     "two_hot",
     "two_hot_columns",
+    "unlikelihood",
     "weak_to_strong_confidence",
 ]
