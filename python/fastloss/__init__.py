@@ -8,7 +8,9 @@ from .kept_memory import keep_memory
 from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from .registry import BackendError, backends, explain, use_backend
 from .row_loss import linear_row_loss, row_loss
+from .segments import Sequences, segment_mean, segment_sum, segments_of_cu_seqlens
 from .statistics import RowStats
+from .token_logp import token_logp, token_logp_of_logits, token_mask
 
 __version__ = "0.1.0"
 
@@ -17,6 +19,7 @@ __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "RowStats",
+    "Sequences",
     "__version__",
     "backends",
     "check_device_targets",
@@ -31,5 +34,11 @@ __all__ = [
     "nn",
     "row_loss",
     "row_stats",
+    "segment_mean",
+    "segment_sum",
+    "segments_of_cu_seqlens",
+    "token_logp",
+    "token_logp_of_logits",
+    "token_mask",
     "use_backend",
 ]
