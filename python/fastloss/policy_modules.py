@@ -113,8 +113,8 @@ class LinearPolicyLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.criterion = criterion
-        self.target = {"ignore_index": ignore_index, "shift": shift}
-        self.head = {
+        self.target: dict[str, Any] = {"ignore_index": ignore_index, "shift": shift}
+        self.head: dict[str, Any] = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "max_extra_bytes": max_extra_bytes,
         }  # fmt: skip
         self.entropy_weight = entropy_weight

@@ -99,7 +99,8 @@ def opmd_advantage(rewards: Tensor, groups: Tensor | int, *, baseline: str = "me
 def asymre_advantage(rewards: Tensor, groups: Tensor | int, *, shift: float = -0.1) -> Tensor:
     """r - (mean + shift) within each group, [N]: a baseline below the mean, so that good samples weigh more."""
     index, size = _groups(rewards, groups)
-    return group_relative(rewards, groups, scale=False) - torch.where(size == 1, 0.0, shift)[index]
+    centred = group_relative(rewards, groups, scale=False)
+    return centred - torch.where(size == 1, 0.0, centred.new_full((), shift))[index]
 
 
 @catalogue.entry(

@@ -89,7 +89,7 @@ def sapo(
     if not (tau_positive > 0 and tau_negative > 0):
         raise ValueError(f"tau_positive and tau_negative must be > 0, got {tau_positive} and {tau_negative}")
     o = operands(logp, old_logp, advantage, mask)
-    tau = torch.where(o.advantage > 0, tau_positive, tau_negative).to(o.logp.dtype)
+    tau = torch.where(o.advantage > 0, o.logp.new_full((), tau_positive), tau_negative)
     current = o.logp.detach() if constant_gate else o.logp
     gate = torch.sigmoid(tau * torch.expm1(log_ratio(current, o.old_logp))) * (4.0 / tau)
     tokens = -o.advantage * gate

@@ -196,8 +196,7 @@ def kto(
         raise ValueError(f"desirable must be bool {tuple(logp.shape)}, got {desirable.dtype} {tuple(desirable.shape)}")
     point = reference_point.detach() if isinstance(reference_point, Tensor) else reference_point
     u = beta * (_log_ratio(logp, reference_logp, "all", False) - point)
-    sign = torch.where(desirable, -1.0, 1.0).to(u.dtype)
-    return torch.where(desirable, desirable_weight, undesirable_weight).to(u.dtype) * torch.sigmoid(sign * u)
+    return torch.where(desirable, desirable_weight * torch.sigmoid(-u), undesirable_weight * torch.sigmoid(u))
 
 
 @catalogue.entry(

@@ -1,0 +1,432 @@
+"""Policy losses, their KL terms, advantages and aggregation: each against its definition, token by token."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastloss
+from fastloss import Sequences, losses, nn
+from token_problem import LENGTHS, B, T, old_and_reference, pack, through_head
+
+ADVANTAGE = torch.tensor([1.3, -0.8, 0.0, -2.0], dtype=torch.float64)
+Scalar = Callable[..., Tensor]
+
+
+def rows(mask: Tensor) -> list[list[tuple[int, int]]]:
+    """Indices of the tokens that count, by sequence."""
+    return [[(b, t) for t in range(mask.shape[1]) if mask[b, t]] for b in range(mask.shape[0])]
+
+
+def token_mean(token: Scalar, mask: Tensor) -> Tensor:
+    found = [token(*i) for row in rows(mask) for i in row]
+    return sum(found[1:], found[0]) / len(found)
+
+
+def sequence_mean(token: Scalar, mask: Tensor) -> Tensor:
+    found = [sum((token(*i) for i in row), torch.zeros(())) / len(row) for row in rows(mask) if row]
+    return sum(found[1:], found[0]) / len(found)
+
+
+def clipped(rho: Tensor, a: Tensor, low: float, high: float, dual: float | None) -> Tensor:
+    """PPO by cases: good tokens gain no more than 1 + high, bad ones lose no less than 1 - low and no more than c."""
+    if a >= 0:
+        return -a * (rho if rho < 1 + high else rho.new_tensor(1 + high))
+    bounded = rho if rho > 1 - low else rho.new_tensor(1 - low)
+    return -a * (bounded if dual is None or bounded < dual else bounded.new_tensor(dual))
+
+
+def ratio(l: Tensor, old: Tensor) -> Tensor:
+    return l.exp() / old.exp().to(l.dtype)
+
+
+def sequence_ratio(l: Tensor, old: Tensor, mask: Tensor, b: int) -> Tensor:
+    inside = [ratio(l[b, t], old[b, t]) for t in range(T) if mask[b, t]]
+    return math.prod(inside[1:], start=inside[0]) ** (1 / len(inside))
+
+
+def oracle_rec(
+    l: Tensor, old: Tensor, a: Tensor, mask: Tensor, b: int, t: int, *, mode: str, weight: str = "none",
+    regularizer: str = "none", strength: float = 0.0, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    rho = ratio(l[b, t], old[b, t]).item()
+    whole = sequence_ratio(l, old, mask, b).item()
+    used, advantage = whole if mode == "gspo-one-side" else rho, float(a[b])
+    inside = {
+        "none": True,
+        "one-side": (advantage >= 0 and used <= 1.2) or (advantage <= 0 and used >= 0.8),
+        "two-side": 0.8 <= used <= 1.2,
+        "ring": 0.8 <= used <= 1.2 or (advantage >= 0 and used <= 0.4) or (advantage <= 0 and used >= 3.0),
+    }[mode.removeprefix("gspo-")]
+    factor = {
+        "none": 1.0, "importance": rho, "gspo-importance": whole, "advantage": math.exp(advantage / temperature),
+    }[weight]  # fmt: skip
+    loss = -advantage * factor * inside * l[b, t]
+    if regularizer == "k2":
+        loss = loss + strength * (l[b, t] - old[b, t].to(l.dtype)).square()
+    if regularizer == "forward-kl":
+        loss = loss - strength * l[b, t]
+    return loss
+
+
+def case(name: str, **arguments: Any) -> Any:
+    return pytest.param(name, arguments, id="-".join([name, *map(str, arguments.values())]))
+
+
+REC = [
+    case("rec", mode=mode, weight=weight)
+    for mode in ("none", "one-side", "two-side", "ring", "gspo-one-side")
+    for weight in ("none", "importance", "advantage")
+] + [
+    case("rec", mode="one-side", weight="gspo-importance"),
+    case("rec", mode="none", regularizer="k2", strength=0.3),
+    case("rec", mode="two-side", regularizer="forward-kl", strength=0.2),
+    case("rec", mode="none", weight="advantage", temperature=0.5),
+]
+CASES = [
+    case("policy_gradient"), case("opmd"), case("opmd", tau=0.5), case("asymre"), case("ppo_clip"),
+    case("ppo_clip", clip_low=0.1, clip_high=0.4, dual_clip=1.5), case("grpo"), case("grpo", dual_clip=1.3),
+    case("grpo", kl="k3", kl_weight=0.5), case("grpo", kl="k2", kl_weight=0.5),
+    case("grpo", kl="corrected_k3", kl_weight=0.5), case("gspo"), case("gspo", clip_low=0.2, clip_high=0.3),
+    case("cispo"), case("cispo", clip_low=0.2, clip_high=0.1), case("topr"), case("topr", threshold=1.0),
+    case("sapo"), case("sapo", tau_positive=2.0, tau_negative=0.5), case("sapo", constant_gate=True), *REC,
+]  # fmt: skip
+
+
+def expected(name: str, o: dict[str, Any], l: Tensor, old: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+    """Every loss from its definition, one token at a time."""
+    a = ADVANTAGE.to(l.dtype)
+
+    def rho(b: int, t: int) -> Tensor:
+        return ratio(l[b, t], old[b, t])
+
+    def ppo(b: int, t: int) -> Tensor:
+        dual = o.get("dual_clip", 3.0 if name == "grpo" else None)
+        return clipped(rho(b, t), a[b], o.get("clip_low", 0.2), o.get("clip_high", 0.2), dual)
+
+    def kl(b: int, t: int) -> Tensor:
+        q = ref[b, t].exp().to(l.dtype) / l[b, t].exp()
+        k3 = q - 1 - q.log()
+        which = {"k2": 0.5 * q.log().square(), "k3": k3, "corrected_k3": rho(b, t).clamp(max=2.0) * k3}
+        return ppo(b, t) + o["kl_weight"] * which[o["kl"]]
+
+    def gate(b: int, t: int) -> Tensor:
+        tau = o.get("tau_positive", 1.0) if a[b] > 0 else o.get("tau_negative", 1.05)
+        return 4 / tau / (1 + torch.exp(-tau * (rho(b, t) - 1)))
+
+    def sapo(b: int, t: int) -> Tensor:
+        return -a[b] * (gate(b, t).detach() * l[b, t] if o.get("constant_gate") else gate(b, t))
+
+    def gspo(b: int, t: int) -> Tensor:  # one number a sequence: the same for all its tokens
+        s = sequence_ratio(l, old, mask, b)
+        return clipped(s, a[b], o.get("clip_low", 0.0003), o.get("clip_high", 0.0004), None)
+
+    def cispo(b: int, t: int) -> Tensor:
+        w = min(max(rho(b, t).item(), 1 - o.get("clip_low", 1.0)), 1 + o.get("clip_high", 0.28))
+        return -a[b] * w * l[b, t]
+
+    def topr(b: int, t: int) -> Tensor:
+        return -a[b] * (1.0 if a[b] > o.get("threshold", 0.0) else min(rho(b, t).item(), 1.0)) * l[b, t]
+
+    def plain(b: int, t: int) -> Tensor:
+        return -a[b] * l[b, t] / (1 + (o.get("tau", 1.0) if name == "opmd" else 0.0))
+
+    def rec(b: int, t: int) -> Tensor:
+        return oracle_rec(l, old, a, mask, b, t, **o)
+
+    token = {
+        "ppo_clip": ppo, "grpo": kl if "kl" in o else ppo, "sapo": sapo, "gspo": gspo, "cispo": cispo, "topr": topr,
+        "rec": rec,
+    }.get(name, plain)  # fmt: skip
+    by_sequence = name in ("gspo", "sapo") or o.get("mode") == "gspo-one-side"
+    return (sequence_mean if by_sequence else token_mean)(token, mask)
+
+
+def arguments_of(name: str, o: dict[str, Any], ref: Tensor) -> dict[str, Any]:
+    names = {"mode": "clip_mode", "strength": "regularizer_weight"}
+    given = {names.get(key, key): value for key, value in o.items()}
+    return given | ({"reference_logp": ref} if "kl" in o else {})
+
+
+def call(name: str, logp: Tensor, old: Tensor, advantage: Tensor, mask: Any, **arguments: Any) -> Tensor:
+    loss = getattr(losses, name)
+    old_too = () if name in ("policy_gradient", "opmd", "asymre") else (old,)
+    return loss(logp, *old_too, advantage, mask=mask, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "o"), CASES)
+def test_loss_is_its_definition(name: str, o: dict[str, Any], dtype: torch.dtype) -> None:
+    state = torch.get_rng_state()
+    torch.manual_seed(int(torch.randint(0, 2**31, ())))  # as through_head will
+    old, ref = old_and_reference(spread=0.1 if o.get("mode") == "gspo-one-side" else 0.4)
+    torch.set_rng_state(state)
+    through_head(
+        lambda logp, mask: call(name, logp, old.to(dtype), ADVANTAGE, mask, **arguments_of(name, o, ref.to(dtype))),
+        lambda logp, mask: expected(name, o, logp, old.to(dtype), ref.to(dtype), mask),
+        dtype,
+    )
+
+
+NAMES = sorted({p.values[0] for p in CASES})
+EVERY_LOSS = [(name, {}) for name in NAMES] + [
+    ("grpo", {"kl": k, "kl_weight": 0.1}) for k in ("k1", "k2", "k3", "low_var", "corrected_k3")
+] + [("rec", {"mode": m, "weight": "importance", "regularizer": "k2", "strength": 0.1}) for m in ("ring", "gspo-one-side")]
+MASK = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, old_logp, reference_logp), [B, T]."""
+    logp = -3 * torch.rand(B, T, dtype=dtype) - 0.1
+    return logp, logp + 0.3 * torch.randn(B, T, dtype=dtype), logp + 0.3 * torch.randn(B, T, dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "o"), EVERY_LOSS)
+def test_masked_tokens_add_exactly_nothing(name: str, o: dict[str, Any]) -> None:
+    """NaN and infinities where no token is, in every operand; and a sequence without tokens; and none at all."""
+    logp, old, ref = tokens()
+    clean = call(name, logp, old, ADVANTAGE, MASK, **arguments_of(name, o, ref))
+    bad = torch.tensor([torch.nan, -torch.inf, torch.inf])[torch.arange(B * T).reshape(B, T) % 3]
+    dirty = [torch.where(MASK, t, bad) for t in (logp, old, ref)]
+    leaf = dirty[0].requires_grad_()
+    advantage = torch.where(MASK, ADVANTAGE[:, None].float(), bad)
+    value = call(name, leaf, dirty[1], advantage, MASK.int(), **arguments_of(name, o, dirty[2]))
+    (grad,) = torch.autograd.grad(value, leaf)
+    assert torch.equal(value, clean) and grad.isfinite().all()
+    assert (grad[~MASK] == 0).all() and (grad[MASK] != 0).any()
+
+    fewer = torch.cat((MASK, torch.zeros(1, T, dtype=torch.bool)))
+    more = [torch.cat((t, torch.full((1, T), torch.nan))) for t in (logp, old, ref)]
+    extra = torch.cat((ADVANTAGE, torch.tensor([torch.nan])))
+    assert torch.equal(call(name, more[0], more[1], extra, fewer, **arguments_of(name, o, more[2])), clean)
+
+    none = call(name, leaf, dirty[1], ADVANTAGE, torch.zeros_like(MASK), **arguments_of(name, o, dirty[2]))
+    (grad,) = torch.autograd.grad(none, leaf)
+    assert none == 0 and (grad == 0).all()
+
+
+@pytest.mark.parametrize(("name", "o"), EVERY_LOSS)
+def test_packed_is_padded(name: str, o: dict[str, Any]) -> None:
+    logp, old, ref = (t.requires_grad_() for t in tokens(torch.float64))
+    (flat, flat_old, flat_ref), ids = pack(logp, old, ref)
+    padded = call(name, logp, old, ADVANTAGE, MASK, **arguments_of(name, o, ref))
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    for s in (Sequences.packed(ids, B), Sequences.from_cu_seqlens(ends, flat)):
+        packed = call(name, flat, flat_old, ADVANTAGE, s, **arguments_of(name, o, flat_ref))
+        torch.testing.assert_close(packed, padded, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            torch.autograd.grad(packed, logp, retain_graph=True), torch.autograd.grad(padded, logp, retain_graph=True),
+            rtol=1e-12, atol=1e-14,
+        )  # fmt: skip
+    assert torch.autograd.grad(padded, (old, ref), allow_unused=True) == (None, None), "they are constants"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("name", "o"), EVERY_LOSS)
+def test_extreme_ratios_stay_finite(name: str, o: dict[str, Any], sign: float, dtype: torch.dtype) -> None:
+    logp = torch.full((B, T), -1e4 if sign < 0 else -0.5, dtype=dtype)
+    other = torch.full((B, T), -0.5 if sign < 0 else -1e4, dtype=dtype)
+    logp.requires_grad_()
+    value = call(name, logp, other, ADVANTAGE, MASK, **arguments_of(name, o, other))
+    (grad,) = torch.autograd.grad(value, logp)
+    assert value.dtype == torch.float32 and value.isfinite() and grad.isfinite().all()
+
+
+def test_dual_clip_takes_the_gradient_of_bad_tokens_far_away() -> None:
+    logp = torch.tensor([[0.0]], requires_grad=True)
+    value = losses.grpo(logp, torch.tensor([[-5.0]]), torch.tensor([-1.0]))
+    assert value == 3.0 and torch.autograd.grad(value, logp)[0] == 0
+    value = losses.ppo_clip(logp, torch.tensor([[-5.0]]), torch.tensor([-1.0]))
+    torch.testing.assert_close(torch.autograd.grad(value, logp)[0].item(), math.exp(5.0))
+
+
+# ------------------------------------------------------------------------------------------------- KL estimates
+
+
+def test_kl_estimates() -> None:
+    logp, old, ref = tokens(torch.float64)
+    p, q, r = logp.exp(), ref.exp(), (logp.exp() / old.exp())
+    k3 = q / p - 1 - torch.log(q / p)
+    for got, want in (
+        (losses.kl_k1(logp, ref), torch.log(p / q)),
+        (losses.kl_k2(logp, ref), 0.5 * torch.log(p / q) ** 2),
+        (losses.kl_k3(logp, ref), k3),
+        (losses.kl_low_var(logp, ref), k3),
+        (losses.kl_corrected_k3(logp, ref, old), torch.where(r < 2, r, 2.0) * k3),
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_kl_far_from_the_reference() -> None:
+    """k3 keeps growing and pulls back, on both sides; low_var holds at 10; small differences keep their digits."""
+    x = torch.tensor([25.0, 100.0, 1e4, -1e4])  # reference - policy
+    logp = torch.zeros(4, requires_grad=True)
+    value = losses.kl_k3(logp, x)
+    (grad,) = torch.autograd.grad(value.sum(), logp)
+    assert value.isfinite().all() and (value[1:3] > value[:2]).all()
+    torch.testing.assert_close(value[:3], (math.exp(20) * (x[:3].double() - 19) - 1 - x[:3]).float())
+    torch.testing.assert_close(grad, torch.tensor([1 - math.exp(20)] * 3 + [1.0]))
+    assert torch.equal(losses.kl_low_var(logp, x).detach(), torch.full((4,), 10.0))
+    torch.testing.assert_close(losses.kl_k3(torch.zeros(1), torch.tensor([1e-3])).item(), 5.00167e-7, rtol=1e-3, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- advantages
+
+
+def grouped(function: Callable[[list[float]], list[float]], rewards: Tensor, groups: list[int]) -> Tensor:
+    out = [0.0] * len(groups)
+    for group in set(groups):
+        members = [i for i, g in enumerate(groups) if g == group]
+        for i, value in zip(members, function([float(rewards[i]) for i in members]), strict=True):
+            out[i] = value
+    return torch.tensor(out, dtype=rewards.dtype)
+
+
+def by_definition(name: str, r: list[float], **o: Any) -> list[float]:
+    if len(r) == 1:
+        scaled = o.get("scale", name == "group_relative")
+        return [r[0] / (1 + 1e-6) if scaled else r[0]]
+    mean = statistics.mean(r)
+    if name == "group_relative":
+        return [(x - mean) / (statistics.stdev(r) + 1e-6) if o.get("scale", True) else x - mean for x in r]
+    if name == "rec_advantage":
+        return [(x - mean) / (statistics.pstdev(r) + 1e-6) if o.get("scale") else x - mean for x in r]
+    if name == "asymre_advantage":
+        return [x - (mean + o.get("shift", -0.1)) for x in r]
+    tau = o.get("tau", 1.0)
+    soft = tau * math.log(sum(math.exp(x / tau) for x in r) / len(r))
+    return [x - (soft if "baseline" in o else mean) for x in r]
+
+
+@pytest.mark.parametrize(
+    ("name", "o"),
+    [
+        ("group_relative", {}), ("group_relative", {"scale": False}), ("rec_advantage", {}),
+        ("rec_advantage", {"scale": True}), ("asymre_advantage", {}), ("asymre_advantage", {"shift": -0.5}),
+        ("opmd_advantage", {}), ("opmd_advantage", {"baseline": "logavgexp", "tau": 0.7}),
+        ("opmd_advantage", {"baseline": "lse"}),
+    ],
+)  # fmt: skip
+def test_advantages(name: str, o: dict[str, Any]) -> None:
+    groups = [7, 3, 7, 7, -2, 3, 3, 9, 9]  # -2 alone; 9 all alike
+    rewards = torch.randn(9, dtype=torch.float64)
+    rewards[7:] = 1.0
+    got = getattr(losses, name)(rewards, torch.tensor(groups), **o)
+    want = grouped(lambda r: by_definition(name, r, **o), rewards, groups)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    same = getattr(losses, name)(rewards, 3, **o)
+    torch.testing.assert_close(same, getattr(losses, name)(rewards, torch.arange(9) // 3, **o))
+    assert getattr(losses, name)(1e4 * rewards.float(), 3, **o).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------- aggregation
+
+
+def test_aggregation() -> None:
+    values = torch.randn(B, T, dtype=torch.float64)
+    mask = MASK.clone()
+    mask[1] = False  # a sequence without tokens is no sequence
+    sums = [float(values[b][mask[b]].sum()) for b in (0, 2, 3)]
+    lengths = [int(mask[b].sum()) for b in (0, 2, 3)]
+    want = {
+        "token-mean": sum(sums) / sum(lengths),
+        "seq-mean-token-sum": sum(sums) / 3,
+        "seq-mean-token-mean": sum(s / n for s, n in zip(sums, lengths, strict=True)) / 3,
+        "seq-sum": sum(sums),
+    }
+    for mode, value in want.items():
+        assert float(losses.aggregate(values, mask, mode)) == pytest.approx(value, rel=1e-12)
+        empty = losses.aggregate(values * torch.nan, torch.zeros_like(mask), mode)
+        assert empty == 0
+    assert torch.equal(losses.aggregate(values, mask, "none"), torch.where(mask, values, 0.0))
+    halves = [losses.aggregate(values[i : i + 2], mask[i : i + 2], denominator=mask.sum()) for i in (0, 2)]
+    torch.testing.assert_close(sum(halves), losses.aggregate(values, mask))
+    torch.testing.assert_close(losses.entropy_bonus(values, 0.2, mask=mask), -0.2 * losses.aggregate(values, mask))
+
+
+def test_shapes_of_any_rank() -> None:
+    """[prompts, samples, T] with advantages [prompts, samples] is the flattened batch."""
+    logp, old, _ = tokens()
+    want = losses.gspo(logp, old, ADVANTAGE, mask=MASK, clip_low=1.0, clip_high=1.0)
+    shape = (2, 2, T)
+    got = losses.gspo(
+        logp.reshape(shape), old.reshape(shape), ADVANTAGE.reshape(2, 2), mask=MASK.reshape(shape), clip_low=1.0,
+        clip_high=1.0,
+    )  # fmt: skip
+    assert torch.equal(got, want)
+
+
+# ------------------------------------------------------------------------------------------------- modules, errors
+
+
+@pytest.mark.parametrize("name", [n for n in nn.__all__ if hasattr(getattr(nn, n), "named_loss")])
+def test_modules_are_their_functions(name: str) -> None:
+    module = getattr(nn, name)
+    if module.named_loss is None or module is nn.KTOLoss or issubclass(module, nn.PreferenceLoss):
+        return
+    logp, old, _ = tokens()
+    constants = (old,) if "old_logp" in module.named_loss.__code__.co_varnames else ()
+    given = module(aggregation="seq-sum")
+    want = module.named_loss(logp, *constants, ADVANTAGE, mask=MASK, aggregation="seq-sum")
+    assert torch.equal(given(logp, *constants, ADVANTAGE, mask=MASK), want)
+    assert repr(given) == f"{name}(aggregation='seq-sum')"
+    generic = nn.PolicyLoss(module.named_loss, aggregation="seq-sum")
+    assert torch.equal(generic(logp, *constants, ADVANTAGE, mask=MASK), want)
+    with pytest.raises(TypeError, match="takes no 'clip'"):
+        module(clip=0.2)
+
+
+def test_linear_module() -> None:
+    """token_logp, the mask, the entropy and the loss in one."""
+    x, w, bias = torch.randn(B, T, 8, requires_grad=True), torch.randn(50, 8), torch.randn(50)
+    ids = torch.randint(0, 50, (B, T))
+    ids[0, 4:] = -100
+    old = torch.full((B, T), -4.0)
+    module = nn.LinearPolicyLoss(nn.GRPOLoss(), temperature=0.8, shift=True, entropy_weight=0.01)
+    logp, entropy = fastloss.token_logp(x, w, ids, linear_bias=bias, temperature=0.8, shift=True, entropy=True)
+    mask = fastloss.token_mask(ids, shift=True)
+    assert mask.sum() == B * (T - 1) - 2
+    want = losses.grpo(logp, old, ADVANTAGE, mask=mask) + losses.entropy_bonus(entropy, 0.01, mask=mask)
+    assert torch.equal(module(x, w, ids, old, ADVANTAGE, linear_bias=bias), want)
+    mask[2] = False
+    want = losses.grpo(logp, old, ADVANTAGE, mask=mask) + losses.entropy_bonus(entropy, 0.01, mask=mask)
+    some = torch.ones(B, T)
+    some[2] = 0
+    assert torch.equal(module(x, w, ids, old, ADVANTAGE, linear_bias=bias, mask=some), want)
+    assert torch.equal(module(x, w, ids, old, ADVANTAGE, linear_bias=bias, mask=Sequences(some > 0)), want)
+    assert "temperature=0.8, entropy_weight=0.01" in repr(module)
+
+
+A, L, OLD = ADVANTAGE, torch.zeros(B, T), torch.zeros(B, T)
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "aggregation": (lambda: losses.grpo(L, OLD, A, aggregation="mean"), ValueError, "token-mean"),
+    "advantage": (lambda: losses.grpo(L, OLD, A[:3]), ValueError, r"\(4,\), or a token, \(4, 6\), got \(3,\)"),
+    "old": (lambda: losses.grpo(L, OLD[:, :5], A), ValueError, r"\(4, 6\), got \(4, 5\)"),
+    "mask": (lambda: losses.grpo(L, OLD, A, mask=MASK[:2]), ValueError, r"got \(2, 6\)"),
+    "integers": (lambda: losses.grpo(L.long(), OLD, A), TypeError, "torch.int64"),
+    "clip": (lambda: losses.ppo_clip(L, OLD, A, clip_low=-0.1), ValueError, "clip_low must be >= 0, got -0.1"),
+    "dual": (lambda: losses.grpo(L, OLD, A, dual_clip=0.5), ValueError, "dual_clip"),
+    "kl": (lambda: losses.grpo(L, OLD, A, reference_logp=OLD, kl="k4"), ValueError, "'k4'"),
+    "rec": (lambda: losses.rec(L, OLD, A, clip_mode="both"), ValueError, "'both'"),
+    "sapo": (lambda: losses.sapo(L, OLD, A, tau_positive=0.0), ValueError, "tau_positive"),
+    "groups": (lambda: losses.group_relative(A, 3), ValueError, "4 rewards do not fall into groups of 3"),
+    "group ids": (lambda: losses.group_relative(A, A), ValueError, "integer"),
+    "baseline": (lambda: losses.opmd_advantage(A, 2, baseline="max"), ValueError, "'max'"),
+    "denominator": (lambda: losses.aggregate(L, None, "seq-sum", denominator=2.0), ValueError, "divides by nothing"),
+    "no loss": (lambda: nn.PolicyLoss(), TypeError, "needs a loss"),
+    "two losses": (lambda: nn.GRPOLoss(losses.rec), TypeError, "has its loss"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name: str) -> None:
+    call_it, kind, message = MISTAKES[name]
+    with pytest.raises(kind, match=message):
+        call_it()
