@@ -1,4 +1,4 @@
-"""A small head with sampled tokens, and what every loss on log-probabilities must do with it: shared by the tests of such losses."""
+"""A small head with sampled tokens, for the tests of all losses on log-probabilities."""
 
 from __future__ import annotations
 
@@ -62,8 +62,10 @@ def through_head(ours: Loss, oracle: Loss, dtype: torch.dtype, k: float = 32.0) 
     narrow = [t.detach().requires_grad_() for t in (x, w)]
     plain = oracle(plain_logp(*narrow, target), mask)
     error, torch_error = (abs(float(t.detach().double() - truth.detach())) for t in (value, plain))
-    terms = max(1.0, abs(float(truth.detach())))  # they are of order 1 and may cancel in the value
-    assert error <= 1.25 * torch_error + 4 * torch.finfo(dtype).eps * terms, f"error {error:.3g}, torch {torch_error:.3g}"
+    terms = max(1.0, abs(float(truth.detach())))  # they are of order 1 to 20 and may cancel in the value
+    assert error <= 1.25 * torch_error + 16 * torch.finfo(dtype).eps * terms, (
+        f"error {error:.3g}, torch {torch_error:.3g}"
+    )
     for a, b, r in zip(got[1:], torch.autograd.grad(plain, narrow), want[1:], strict=True):
         check_gradient(a.reshape(1, -1), b.reshape(1, -1), r.reshape(1, -1), dtype, k)
 

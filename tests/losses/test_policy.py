@@ -42,21 +42,21 @@ def clipped(rho: Tensor, a: Tensor, low: float, high: float, dual: float | None)
     return -a * (bounded if dual is None or bounded < dual else bounded.new_tensor(dual))
 
 
-def ratio(l: Tensor, old: Tensor) -> Tensor:
-    return l.exp() / old.exp().to(l.dtype)
+def ratio(new: Tensor, old: Tensor) -> Tensor:
+    return new.exp() / old.exp().to(new.dtype)
 
 
-def sequence_ratio(l: Tensor, old: Tensor, mask: Tensor, b: int) -> Tensor:
-    inside = [ratio(l[b, t], old[b, t]) for t in range(T) if mask[b, t]]
+def sequence_ratio(new: Tensor, old: Tensor, mask: Tensor, b: int) -> Tensor:
+    inside = [ratio(new[b, t], old[b, t]) for t in range(T) if mask[b, t]]
     return math.prod(inside[1:], start=inside[0]) ** (1 / len(inside))
 
 
 def oracle_rec(
-    l: Tensor, old: Tensor, a: Tensor, mask: Tensor, b: int, t: int, *, mode: str, weight: str = "none",
+    new: Tensor, old: Tensor, a: Tensor, mask: Tensor, b: int, t: int, *, mode: str, weight: str = "none",
     regularizer: str = "none", strength: float = 0.0, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    rho = ratio(l[b, t], old[b, t]).item()
-    whole = sequence_ratio(l, old, mask, b).item()
+    rho = ratio(new[b, t], old[b, t]).item()
+    whole = sequence_ratio(new, old, mask, b).item()
     used, advantage = whole if mode == "gspo-one-side" else rho, float(a[b])
     inside = {
         "none": True,
@@ -67,11 +67,11 @@ def oracle_rec(
     factor = {
         "none": 1.0, "importance": rho, "gspo-importance": whole, "advantage": math.exp(advantage / temperature),
     }[weight]  # fmt: skip
-    loss = -advantage * factor * inside * l[b, t]
+    loss = -advantage * factor * inside * new[b, t]
     if regularizer == "k2":
-        loss = loss + strength * (l[b, t] - old[b, t].to(l.dtype)).square()
+        loss = loss + strength * (new[b, t] - old[b, t].to(new.dtype)).square()
     if regularizer == "forward-kl":
-        loss = loss - strength * l[b, t]
+        loss = loss - strength * new[b, t]
     return loss
 
 
@@ -99,19 +99,19 @@ CASES = [
 ]  # fmt: skip
 
 
-def expected(name: str, o: dict[str, Any], l: Tensor, old: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+def expected(name: str, o: dict[str, Any], new: Tensor, old: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
     """Every loss from its definition, one token at a time."""
-    a = ADVANTAGE.to(l.dtype)
+    a = ADVANTAGE.to(new.dtype)
 
     def rho(b: int, t: int) -> Tensor:
-        return ratio(l[b, t], old[b, t])
+        return ratio(new[b, t], old[b, t])
 
     def ppo(b: int, t: int) -> Tensor:
         dual = o.get("dual_clip", 3.0 if name == "grpo" else None)
         return clipped(rho(b, t), a[b], o.get("clip_low", 0.2), o.get("clip_high", 0.2), dual)
 
     def kl(b: int, t: int) -> Tensor:
-        q = ref[b, t].exp().to(l.dtype) / l[b, t].exp()
+        q = ref[b, t].exp().to(new.dtype) / new[b, t].exp()
         k3 = q - 1 - q.log()
         which = {"k2": 0.5 * q.log().square(), "k3": k3, "corrected_k3": rho(b, t).clamp(max=2.0) * k3}
         return ppo(b, t) + o["kl_weight"] * which[o["kl"]]
@@ -121,24 +121,24 @@ def expected(name: str, o: dict[str, Any], l: Tensor, old: Tensor, ref: Tensor, 
         return 4 / tau / (1 + torch.exp(-tau * (rho(b, t) - 1)))
 
     def sapo(b: int, t: int) -> Tensor:
-        return -a[b] * (gate(b, t).detach() * l[b, t] if o.get("constant_gate") else gate(b, t))
+        return -a[b] * (gate(b, t).detach() * new[b, t] if o.get("constant_gate") else gate(b, t))
 
     def gspo(b: int, t: int) -> Tensor:  # one number a sequence: the same for all its tokens
-        s = sequence_ratio(l, old, mask, b)
+        s = sequence_ratio(new, old, mask, b)
         return clipped(s, a[b], o.get("clip_low", 0.0003), o.get("clip_high", 0.0004), None)
 
     def cispo(b: int, t: int) -> Tensor:
         w = min(max(rho(b, t).item(), 1 - o.get("clip_low", 1.0)), 1 + o.get("clip_high", 0.28))
-        return -a[b] * w * l[b, t]
+        return -a[b] * w * new[b, t]
 
     def topr(b: int, t: int) -> Tensor:
-        return -a[b] * (1.0 if a[b] > o.get("threshold", 0.0) else min(rho(b, t).item(), 1.0)) * l[b, t]
+        return -a[b] * (1.0 if a[b] > o.get("threshold", 0.0) else min(rho(b, t).item(), 1.0)) * new[b, t]
 
     def plain(b: int, t: int) -> Tensor:
-        return -a[b] * l[b, t] / (1 + (o.get("tau", 1.0) if name == "opmd" else 0.0))
+        return -a[b] * new[b, t] / (1 + (o.get("tau", 1.0) if name == "opmd" else 0.0))
 
     def rec(b: int, t: int) -> Tensor:
-        return oracle_rec(l, old, a, mask, b, t, **o)
+        return oracle_rec(new, old, a, mask, b, t, **o)
 
     token = {
         "ppo_clip": ppo, "grpo": kl if "kl" in o else ppo, "sapo": sapo, "gspo": gspo, "cispo": cispo, "topr": topr,
@@ -175,9 +175,14 @@ def test_loss_is_its_definition(name: str, o: dict[str, Any], dtype: torch.dtype
 
 
 NAMES = sorted({p.values[0] for p in CASES})
-EVERY_LOSS = [(name, {}) for name in NAMES] + [
-    ("grpo", {"kl": k, "kl_weight": 0.1}) for k in ("k1", "k2", "k3", "low_var", "corrected_k3")
-] + [("rec", {"mode": m, "weight": "importance", "regularizer": "k2", "strength": 0.1}) for m in ("ring", "gspo-one-side")]
+EVERY_LOSS = (
+    [(name, {}) for name in NAMES]
+    + [("grpo", {"kl": k, "kl_weight": 0.1}) for k in ("k1", "k2", "k3", "low_var", "corrected_k3")]
+    + [
+        ("rec", {"mode": m, "weight": "importance", "regularizer": "k2", "strength": 0.1})
+        for m in ("ring", "gspo-one-side")
+    ]
+)
 MASK = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
 
 

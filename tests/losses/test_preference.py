@@ -33,25 +33,25 @@ def sigmoid(u: Tensor) -> Tensor:
 
 def expected(name: str, o: dict[str, Any], logp: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
     """The mean over pairs, from probabilities where the definition has probabilities."""
-    l, r = answers(logp, mask, name in MEANS), answers(ref.to(logp.dtype), mask, name in MEANS)
+    logps, r = answers(logp, mask, name in MEANS), answers(ref.to(logp.dtype), mask, name in MEANS)
     if o.get("reference_free"):
         r = [torch.zeros_like(t) for t in r]
     total = torch.zeros((), dtype=logp.dtype)
     for w, lose in ((i, i + P) for i in range(P)):
-        h = (l[w] - r[w]) - (l[lose] - r[lose])
+        h = (logps[w] - r[w]) - (logps[lose] - r[lose])
         beta, smoothing = o.get("beta", {"simpo": 2.0, "rpo": 0.01}.get(name, 0.1)), o.get("label_smoothing", 0.0)
         if name == "ipo":
             total = total + (h - 1 / (2 * beta)).square()
         elif name == "orpo":
-            odds = [torch.exp(t) / (1 - torch.exp(t)) for t in (l[w], l[lose])]
-            total = total - l[w] - o.get("weight", 0.1) * torch.log(odds[0] / (odds[0] + odds[1]))
+            odds = [torch.exp(t) / (1 - torch.exp(t)) for t in (logps[w], logps[lose])]
+            total = total - logps[w] - o.get("weight", 0.1) * torch.log(odds[0] / (odds[0] + odds[1]))
         else:
-            u = beta * (l[w] - l[lose]) - o.get("gamma", 0.5) if name == "simpo" else beta * h
+            u = beta * (logps[w] - logps[lose]) - o.get("gamma", 0.5) if name == "simpo" else beta * h
             total = total - (1 - smoothing) * torch.log(sigmoid(u)) - smoothing * torch.log(sigmoid(-u))
         if name == "rpo" and "nll_weight" in o:
-            total = total - o["nll_weight"] * l[w] / LENGTHS[w]
+            total = total - o["nll_weight"] * logps[w] / LENGTHS[w]
         elif name == "rpo":
-            total = total - o.get("eta", 0.005) * beta * l[w]
+            total = total - o.get("eta", 0.005) * beta * logps[w]
     return total / P
 
 
@@ -76,15 +76,17 @@ def test_loss_is_its_definition(name: str, o: dict[str, Any], dtype: torch.dtype
     _, ref = old_and_reference(dtype)
     torch.set_rng_state(state)
     through_head(
-        lambda logp, mask: call(name, logp, ref, mask, **o), lambda logp, mask: expected(name, o, logp, ref, mask), dtype
+        lambda logp, mask: call(name, logp, ref, mask, **o),
+        lambda logp, mask: expected(name, o, logp, ref, mask),
+        dtype,
     )
 
 
 def kto_expected(logp: Tensor, ref: Tensor, mask: Tensor, point: float, beta: float, good: float, bad: float) -> Tensor:
-    l, r = answers(logp, mask, False), answers(ref.to(logp.dtype), mask, False)
+    logps, r = answers(logp, mask, False), answers(ref.to(logp.dtype), mask, False)
     total = torch.zeros((), dtype=logp.dtype)
     for b in range(B):
-        gain = beta * (l[b] - r[b] - point)
+        gain = beta * (logps[b] - r[b] - point)
         total = total + (good * (1 - sigmoid(gain)) if b % 2 == 0 else bad * (1 - sigmoid(-gain)))
     return total / B
 
@@ -145,12 +147,12 @@ def test_packed_is_padded(name: str, o: dict[str, Any]) -> None:
 def test_extreme_answers(chosen: float, rejected: float) -> None:
     """Finite, and never of the wrong sign, from probability 1 to e^-10000, in float32."""
     for name, o in CASES:
-        l = [torch.tensor([t], requires_grad=True) for t in (chosen, rejected)]
+        logps = [torch.tensor([t], requires_grad=True) for t in (chosen, rejected)]
         loss = getattr(losses, name)
         given = () if name in REFERENCE_FREE else (torch.tensor([rejected]), torch.tensor([chosen]))
         o = o | ({"chosen_tokens": torch.ones(1)} if "nll_weight" in o else {})
-        value = loss(*l, *given, **o)
-        grad = torch.autograd.grad(value.sum(), l)
+        value = loss(*logps, *given, **o)
+        grad = torch.autograd.grad(value.sum(), logps)
         assert value.isfinite().all() and all(g.isfinite().all() for g in grad), name
         if name == "orpo":
             assert grad[0] <= -1 and grad[1] >= 0
@@ -158,9 +160,9 @@ def test_extreme_answers(chosen: float, rejected: float) -> None:
 
 @pytest.mark.parametrize("chosen", [0.0, -1e-30, -1e-9, -1e-3, -1.0, -50.0])
 def test_orpo_keeps_its_gradient_at_probability_one(chosen: float) -> None:
-    """d/dl of log(1 + odds_l (e^-l - 1)) goes to -odds_l, where 1 - e^l cancels to nothing."""
-    l = torch.tensor([chosen], requires_grad=True)
-    (got,) = torch.autograd.grad(losses.orpo(l, torch.tensor([-2.0]), weight=1.0).sum(), l)
+    """d/dl of log(1 + odds_l (e^-logps - 1)) goes to -odds_l, where 1 - e^logps cancels to nothing."""
+    logps = torch.tensor([chosen], requires_grad=True)
+    (got,) = torch.autograd.grad(losses.orpo(logps, torch.tensor([-2.0]), weight=1.0).sum(), logps)
     odds = 1 / math.expm1(2.0)
     want = -1 - odds * math.exp(-chosen) / (1 + odds * math.expm1(-chosen))
     assert float(got) == pytest.approx(want, rel=1e-5)
@@ -168,15 +170,15 @@ def test_orpo_keeps_its_gradient_at_probability_one(chosen: float) -> None:
 
 def test_far_pairs_keep_their_gradient() -> None:
     """-log sigmoid(u) at u = -+ 40: u itself, and e^-40; 1 - sigmoid would be 0 there."""
-    l = torch.tensor([400.0, -400.0], requires_grad=True)
-    value = losses.dpo(l - 500, torch.full((2,), -500.0), reference_free=True)
-    (grad,) = torch.autograd.grad(value.sum(), l)
+    logps = torch.tensor([400.0, -400.0], requires_grad=True)
+    value = losses.dpo(logps - 500, torch.full((2,), -500.0), reference_free=True)
+    (grad,) = torch.autograd.grad(value.sum(), logps)
     torch.testing.assert_close(value.detach(), torch.tensor([math.exp(-40), 40.0]))
     torch.testing.assert_close(grad, torch.tensor([-0.1 * math.exp(-40), -0.1]))
-    l = torch.tensor([300.0], requires_grad=True)
-    value = losses.kto(l, torch.zeros(1), torch.tensor([True]), 0.0)
+    logps = torch.tensor([300.0], requires_grad=True)
+    value = losses.kto(logps, torch.zeros(1), torch.tensor([True]), 0.0)
     torch.testing.assert_close(value.item(), math.exp(-30), rtol=1e-5, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(value, l)[0].item(), -0.1 * math.exp(-30), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(value, logps)[0].item(), -0.1 * math.exp(-30), rtol=1e-5, atol=0)
 
 
 def test_modules_and_reductions() -> None:
