@@ -13,6 +13,8 @@ from tolerance import check_gradient
 B, T, D, V = 4, 6, 5, 13
 TEMPERATURE = 0.7
 LENGTHS = (6, 3, 5, 1)
+MASK = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+ADVANTAGE = torch.tensor([1.3, -0.8, 0.0, -2.0], dtype=torch.float64)
 
 
 def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,3 +76,9 @@ def pack(*padded: Tensor) -> tuple[list[Tensor], Tensor]:
     """([tokens of all sequences one after the other], the sequence of each), of [B, T] and LENGTHS."""
     ids = torch.cat([torch.full((length,), row) for row, length in enumerate(LENGTHS)])
     return [torch.cat([t[row, :length] for row, length in enumerate(LENGTHS)]) for t in padded], ids
+
+
+def policies(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [B, T] of tokens under three policies that are near each other."""
+    logp = -3 * torch.rand(B, T, dtype=dtype) - 0.1
+    return logp, logp + 0.3 * torch.randn(B, T, dtype=dtype), logp + 0.3 * torch.randn(B, T, dtype=dtype)

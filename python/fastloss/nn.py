@@ -38,6 +38,7 @@ from torch.nn import (
 )
 
 from . import functional
+from .distillation_modules import DualHeadDistillationLoss
 from .policy_modules import (
     AsymRELoss,
     CISPOLoss,
@@ -71,6 +72,7 @@ __all__ = [
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "DPOLoss",
+    "DualHeadDistillationLoss",
     "GRPOLoss",
     "GSPOLoss",
     "GaussianNLLLoss",

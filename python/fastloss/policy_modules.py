@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import losses
 from .losses.aggregation import entropy_bonus
-from .segments import Sequences
+from .segments import Sequences, sequences
 from .token_logp import token_logp, token_mask
 
 
@@ -78,13 +78,13 @@ class KTOLoss(PolicyLoss):
 
     named_loss = staticmethod(losses.kto)
 
-    def forward(self, logp: Tensor, *given: Any, **arguments: Any) -> Tensor:
-        """kto(logp, reference_logp, desirable, reference_point, mask=None) of tokens [B, T] and answers [B]."""
-        arguments = {**self.arguments, **arguments}
-        mask = arguments.pop("mask", None)
-        reference_logp, *rest = (*given, *(arguments.pop("reference_logp") for _ in range(not given)))
-        answers = (losses.sequence_logp(t, mask) for t in (logp, reference_logp))
-        each = self.loss(*answers, *rest, **arguments)
+    def forward(  # type: ignore[override]
+        self, logp: Tensor, reference_logp: Tensor, desirable: Tensor, reference_point: float | Tensor,
+        *, mask: Tensor | Sequences | None = None, **arguments: Any,
+    ) -> Tensor:  # fmt: skip
+        """Log-probabilities of tokens [B, T]; which answers are desirable [B]; the reference point of `kto`."""
+        answers = (losses.sequence_logp(tokens, mask) for tokens in (logp, reference_logp))
+        each = self.loss(*answers, desirable, reference_point, **{**self.arguments, **arguments})
         return each.sum() / max(1, each.numel())
 
 
@@ -142,7 +142,7 @@ class LinearPolicyLoss(torch.nn.Module):
         )  # fmt: skip
         logp, spread = out if entropy else (out, None)
         known = token_mask(target, sequence_ids=sequence_ids, **self.target)
-        counted = mask.only(known) if isinstance(mask, Sequences) else known if mask is None else known & (mask != 0)
+        counted = sequences(mask, logp).only(known)
         loss = self.criterion(logp, *given, mask=counted, **arguments)
         return loss if spread is None else loss + entropy_bonus(spread, self.entropy_weight, mask=counted)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastloss
-from fastloss import Sequences, losses, nn
-from token_problem import LENGTHS, B, T, old_and_reference, pack, through_head
+from fastloss import Sequences, losses
+from token_problem import ADVANTAGE, LENGTHS, MASK, B, T, old_and_reference, pack, policies, through_head
 
-ADVANTAGE = torch.tensor([1.3, -0.8, 0.0, -2.0], dtype=torch.float64)
 Scalar = Callable[..., Tensor]
 
 
@@ -183,19 +180,12 @@ EVERY_LOSS = (
         for m in ("ring", "gspo-one-side")
     ]
 )
-MASK = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
-
-
-def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, old_logp, reference_logp), [B, T]."""
-    logp = -3 * torch.rand(B, T, dtype=dtype) - 0.1
-    return logp, logp + 0.3 * torch.randn(B, T, dtype=dtype), logp + 0.3 * torch.randn(B, T, dtype=dtype)
 
 
 @pytest.mark.parametrize(("name", "o"), EVERY_LOSS)
 def test_masked_tokens_add_exactly_nothing(name: str, o: dict[str, Any]) -> None:
     """NaN and infinities where no token is, in every operand; and a sequence without tokens; and none at all."""
-    logp, old, ref = tokens()
+    logp, old, ref = policies()
     clean = call(name, logp, old, ADVANTAGE, MASK, **arguments_of(name, o, ref))
     bad = torch.tensor([torch.nan, -torch.inf, torch.inf])[torch.arange(B * T).reshape(B, T) % 3]
     dirty = [torch.where(MASK, t, bad) for t in (logp, old, ref)]
@@ -218,7 +208,7 @@ def test_masked_tokens_add_exactly_nothing(name: str, o: dict[str, Any]) -> None
 
 @pytest.mark.parametrize(("name", "o"), EVERY_LOSS)
 def test_packed_is_padded(name: str, o: dict[str, Any]) -> None:
-    logp, old, ref = (t.requires_grad_() for t in tokens(torch.float64))
+    logp, old, ref = (t.requires_grad_() for t in policies(torch.float64))
     (flat, flat_old, flat_ref), ids = pack(logp, old, ref)
     padded = call(name, logp, old, ADVANTAGE, MASK, **arguments_of(name, o, ref))
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
@@ -250,188 +240,3 @@ def test_dual_clip_takes_the_gradient_of_bad_tokens_far_away() -> None:
     assert value == 3.0 and torch.autograd.grad(value, logp)[0] == 0
     value = losses.ppo_clip(logp, torch.tensor([[-5.0]]), torch.tensor([-1.0]))
     torch.testing.assert_close(torch.autograd.grad(value, logp)[0].item(), math.exp(5.0))
-
-
-# ------------------------------------------------------------------------------------------------- KL estimates
-
-
-def test_kl_estimates() -> None:
-    logp, old, ref = tokens(torch.float64)
-    p, q, r = logp.exp(), ref.exp(), (logp.exp() / old.exp())
-    k3 = q / p - 1 - torch.log(q / p)
-    for got, want in (
-        (losses.kl_k1(logp, ref), torch.log(p / q)),
-        (losses.kl_k2(logp, ref), 0.5 * torch.log(p / q) ** 2),
-        (losses.kl_k3(logp, ref), k3),
-        (losses.kl_low_var(logp, ref), k3),
-        (losses.kl_corrected_k3(logp, ref, old), torch.where(r < 2, r, 2.0) * k3),
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
-
-
-def test_kl_far_from_the_reference() -> None:
-    """k3 keeps growing and pulls back, on both sides; low_var holds at 10; small differences keep their digits."""
-    x = torch.tensor([25.0, 100.0, 1e4, -1e4])  # reference - policy
-    logp = torch.zeros(4, requires_grad=True)
-    value = losses.kl_k3(logp, x)
-    (grad,) = torch.autograd.grad(value.sum(), logp)
-    assert value.isfinite().all() and (value[1:3] > value[:2]).all()
-    torch.testing.assert_close(value[:3], (math.exp(20) * (x[:3].double() - 19) - 1 - x[:3]).float())
-    torch.testing.assert_close(grad, torch.tensor([1 - math.exp(20)] * 3 + [1.0]))
-    assert torch.equal(losses.kl_low_var(logp, x).detach(), torch.full((4,), 10.0))
-    torch.testing.assert_close(losses.kl_k3(torch.zeros(1), torch.tensor([1e-3])).item(), 5.00167e-7, rtol=1e-3, atol=0)
-
-
-# ------------------------------------------------------------------------------------------------- advantages
-
-
-def grouped(function: Callable[[list[float]], list[float]], rewards: Tensor, groups: list[int]) -> Tensor:
-    out = [0.0] * len(groups)
-    for group in set(groups):
-        members = [i for i, g in enumerate(groups) if g == group]
-        for i, value in zip(members, function([float(rewards[i]) for i in members]), strict=True):
-            out[i] = value
-    return torch.tensor(out, dtype=rewards.dtype)
-
-
-def by_definition(name: str, r: list[float], **o: Any) -> list[float]:
-    if len(r) == 1:
-        scaled = o.get("scale", name == "group_relative")
-        return [r[0] / (1 + 1e-6) if scaled else r[0]]
-    mean = statistics.mean(r)
-    if name == "group_relative":
-        return [(x - mean) / (statistics.stdev(r) + 1e-6) if o.get("scale", True) else x - mean for x in r]
-    if name == "rec_advantage":
-        return [(x - mean) / (statistics.pstdev(r) + 1e-6) if o.get("scale") else x - mean for x in r]
-    if name == "asymre_advantage":
-        return [x - (mean + o.get("shift", -0.1)) for x in r]
-    tau = o.get("tau", 1.0)
-    soft = tau * math.log(sum(math.exp(x / tau) for x in r) / len(r))
-    return [x - (soft if "baseline" in o else mean) for x in r]
-
-
-@pytest.mark.parametrize(
-    ("name", "o"),
-    [
-        ("group_relative", {}), ("group_relative", {"scale": False}), ("rec_advantage", {}),
-        ("rec_advantage", {"scale": True}), ("asymre_advantage", {}), ("asymre_advantage", {"shift": -0.5}),
-        ("opmd_advantage", {}), ("opmd_advantage", {"baseline": "logavgexp", "tau": 0.7}),
-        ("opmd_advantage", {"baseline": "lse"}),
-    ],
-)  # fmt: skip
-def test_advantages(name: str, o: dict[str, Any]) -> None:
-    groups = [7, 3, 7, 7, -2, 3, 3, 9, 9]  # -2 alone; 9 all alike
-    rewards = torch.randn(9, dtype=torch.float64)
-    rewards[7:] = 1.0
-    got = getattr(losses, name)(rewards, torch.tensor(groups), **o)
-    want = grouped(lambda r: by_definition(name, r, **o), rewards, groups)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-    same = getattr(losses, name)(rewards, 3, **o)
-    torch.testing.assert_close(same, getattr(losses, name)(rewards, torch.arange(9) // 3, **o))
-    assert getattr(losses, name)(1e4 * rewards.float(), 3, **o).isfinite().all()
-
-
-# ------------------------------------------------------------------------------------------------- aggregation
-
-
-def test_aggregation() -> None:
-    values = torch.randn(B, T, dtype=torch.float64)
-    mask = MASK.clone()
-    mask[1] = False  # a sequence without tokens is no sequence
-    sums = [float(values[b][mask[b]].sum()) for b in (0, 2, 3)]
-    lengths = [int(mask[b].sum()) for b in (0, 2, 3)]
-    want = {
-        "token-mean": sum(sums) / sum(lengths),
-        "seq-mean-token-sum": sum(sums) / 3,
-        "seq-mean-token-mean": sum(s / n for s, n in zip(sums, lengths, strict=True)) / 3,
-        "seq-sum": sum(sums),
-    }
-    for mode, value in want.items():
-        assert float(losses.aggregate(values, mask, mode)) == pytest.approx(value, rel=1e-12)
-        empty = losses.aggregate(values * torch.nan, torch.zeros_like(mask), mode)
-        assert empty == 0
-    assert torch.equal(losses.aggregate(values, mask, "none"), torch.where(mask, values, 0.0))
-    halves = [losses.aggregate(values[i : i + 2], mask[i : i + 2], denominator=mask.sum()) for i in (0, 2)]
-    torch.testing.assert_close(sum(halves), losses.aggregate(values, mask))
-    torch.testing.assert_close(losses.entropy_bonus(values, 0.2, mask=mask), -0.2 * losses.aggregate(values, mask))
-
-
-def test_shapes_of_any_rank() -> None:
-    """[prompts, samples, T] with advantages [prompts, samples] is the flattened batch."""
-    logp, old, _ = tokens()
-    want = losses.gspo(logp, old, ADVANTAGE, mask=MASK, clip_low=1.0, clip_high=1.0)
-    shape = (2, 2, T)
-    got = losses.gspo(
-        logp.reshape(shape), old.reshape(shape), ADVANTAGE.reshape(2, 2), mask=MASK.reshape(shape), clip_low=1.0,
-        clip_high=1.0,
-    )  # fmt: skip
-    assert torch.equal(got, want)
-
-
-# ------------------------------------------------------------------------------------------------- modules, errors
-
-
-@pytest.mark.parametrize("name", [n for n in nn.__all__ if hasattr(getattr(nn, n), "named_loss")])
-def test_modules_are_their_functions(name: str) -> None:
-    module = getattr(nn, name)
-    if module.named_loss is None or module is nn.KTOLoss or issubclass(module, nn.PreferenceLoss):
-        return
-    logp, old, _ = tokens()
-    constants = (old,) if "old_logp" in module.named_loss.__code__.co_varnames else ()
-    given = module(aggregation="seq-sum")
-    want = module.named_loss(logp, *constants, ADVANTAGE, mask=MASK, aggregation="seq-sum")
-    assert torch.equal(given(logp, *constants, ADVANTAGE, mask=MASK), want)
-    assert repr(given) == f"{name}(aggregation='seq-sum')"
-    generic = nn.PolicyLoss(module.named_loss, aggregation="seq-sum")
-    assert torch.equal(generic(logp, *constants, ADVANTAGE, mask=MASK), want)
-    with pytest.raises(TypeError, match="takes no 'clip'"):
-        module(clip=0.2)
-
-
-def test_linear_module() -> None:
-    """token_logp, the mask, the entropy and the loss in one."""
-    x, w, bias = torch.randn(B, T, 8, requires_grad=True), torch.randn(50, 8), torch.randn(50)
-    ids = torch.randint(0, 50, (B, T))
-    ids[0, 4:] = -100
-    old = torch.full((B, T), -4.0)
-    module = nn.LinearPolicyLoss(nn.GRPOLoss(), temperature=0.8, shift=True, entropy_weight=0.01)
-    logp, entropy = fastloss.token_logp(x, w, ids, linear_bias=bias, temperature=0.8, shift=True, entropy=True)
-    mask = fastloss.token_mask(ids, shift=True)
-    assert mask.sum() == B * (T - 1) - 2
-    want = losses.grpo(logp, old, ADVANTAGE, mask=mask) + losses.entropy_bonus(entropy, 0.01, mask=mask)
-    assert torch.equal(module(x, w, ids, old, ADVANTAGE, linear_bias=bias), want)
-    mask[2] = False
-    want = losses.grpo(logp, old, ADVANTAGE, mask=mask) + losses.entropy_bonus(entropy, 0.01, mask=mask)
-    some = torch.ones(B, T)
-    some[2] = 0
-    assert torch.equal(module(x, w, ids, old, ADVANTAGE, linear_bias=bias, mask=some), want)
-    assert torch.equal(module(x, w, ids, old, ADVANTAGE, linear_bias=bias, mask=Sequences(some > 0)), want)
-    assert "temperature=0.8, entropy_weight=0.01" in repr(module)
-
-
-A, L, OLD = ADVANTAGE, torch.zeros(B, T), torch.zeros(B, T)
-MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "aggregation": (lambda: losses.grpo(L, OLD, A, aggregation="mean"), ValueError, "token-mean"),
-    "advantage": (lambda: losses.grpo(L, OLD, A[:3]), ValueError, r"\(4,\), or a token, \(4, 6\), got \(3,\)"),
-    "old": (lambda: losses.grpo(L, OLD[:, :5], A), ValueError, r"\(4, 6\), got \(4, 5\)"),
-    "mask": (lambda: losses.grpo(L, OLD, A, mask=MASK[:2]), ValueError, r"got \(2, 6\)"),
-    "integers": (lambda: losses.grpo(L.long(), OLD, A), TypeError, "torch.int64"),
-    "clip": (lambda: losses.ppo_clip(L, OLD, A, clip_low=-0.1), ValueError, "clip_low must be >= 0, got -0.1"),
-    "dual": (lambda: losses.grpo(L, OLD, A, dual_clip=0.5), ValueError, "dual_clip"),
-    "kl": (lambda: losses.grpo(L, OLD, A, reference_logp=OLD, kl="k4"), ValueError, "'k4'"),
-    "rec": (lambda: losses.rec(L, OLD, A, clip_mode="both"), ValueError, "'both'"),
-    "sapo": (lambda: losses.sapo(L, OLD, A, tau_positive=0.0), ValueError, "tau_positive"),
-    "groups": (lambda: losses.group_relative(A, 3), ValueError, "4 rewards do not fall into groups of 3"),
-    "group ids": (lambda: losses.group_relative(A, A), ValueError, "integer"),
-    "baseline": (lambda: losses.opmd_advantage(A, 2, baseline="max"), ValueError, "'max'"),
-    "denominator": (lambda: losses.aggregate(L, None, "seq-sum", denominator=2.0), ValueError, "divides by nothing"),
-    "no loss": (lambda: nn.PolicyLoss(), TypeError, "needs a loss"),
-    "two losses": (lambda: nn.GRPOLoss(losses.rec), TypeError, "has its loss"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name: str) -> None:
-    call_it, kind, message = MISTAKES[name]
-    with pytest.raises(kind, match=message):
-        call_it()

@@ -1,4 +1,4 @@
-"""A policy-gradient step over a vocabulary of 131072: the extra memory is counted, and the gradients are the materialised ones."""
+"""A GRPO step over a vocabulary of 131072: its extra memory is counted, its gradients are the materialised ones."""
 
 from __future__ import annotations
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from fastloss import Sequences, losses, nn
-from token_problem import LENGTHS, B, T, old_and_reference, pack, through_head
+from token_problem import LENGTHS, MASK, B, T, old_and_reference, pack, policies, through_head
 
 P = B // 2
-MASK = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
 MEANS = ("ipo", "orpo", "simpo")
 REFERENCE_FREE = ("orpo", "simpo")
 
@@ -111,14 +110,9 @@ def test_kto(dtype: torch.dtype) -> None:
     )
 
 
-def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    logp = -3 * torch.rand(B, T, dtype=dtype) - 0.1
-    return logp, logp + 0.3 * torch.randn(B, T, dtype=dtype)
-
-
 @pytest.mark.parametrize(("name", "o"), CASES, ids=IDS)
 def test_masked_tokens_add_exactly_nothing(name: str, o: dict[str, Any]) -> None:
-    logp, ref = tokens()
+    logp, _, ref = policies()
     clean = call(name, logp, ref, MASK, **o)
     bad = torch.tensor([torch.nan, -torch.inf])[torch.arange(B * T).reshape(B, T) % 2]
     leaf = torch.where(MASK, logp, bad).requires_grad_()
@@ -133,7 +127,7 @@ def test_masked_tokens_add_exactly_nothing(name: str, o: dict[str, Any]) -> None
 
 @pytest.mark.parametrize(("name", "o"), CASES, ids=IDS)
 def test_packed_is_padded(name: str, o: dict[str, Any]) -> None:
-    logp, ref = (t.requires_grad_() for t in tokens(torch.float64))
+    logp, _, ref = (t.requires_grad_() for t in policies(torch.float64))
     (flat, flat_ref), ids = pack(logp, ref)
     padded, packed = call(name, logp, ref, MASK, **o), call(name, flat, flat_ref, Sequences.packed(ids, B), **o)
     torch.testing.assert_close(packed, padded, rtol=1e-12, atol=1e-14)
@@ -160,7 +154,7 @@ def test_extreme_answers(chosen: float, rejected: float) -> None:
 
 @pytest.mark.parametrize("chosen", [0.0, -1e-30, -1e-9, -1e-3, -1.0, -50.0])
 def test_orpo_keeps_its_gradient_at_probability_one(chosen: float) -> None:
-    """d/dl of log(1 + odds_l (e^-logps - 1)) goes to -odds_l, where 1 - e^logps cancels to nothing."""
+    """d/dl of log(1 + odds_l (e^-l - 1)) goes to -odds_l, where 1 - e^l cancels to nothing."""
     logps = torch.tensor([chosen], requires_grad=True)
     (got,) = torch.autograd.grad(losses.orpo(logps, torch.tensor([-2.0]), weight=1.0).sum(), logps)
     odds = 1 / math.expm1(2.0)
@@ -182,7 +176,7 @@ def test_far_pairs_keep_their_gradient() -> None:
 
 
 def test_modules_and_reductions() -> None:
-    logp, ref = tokens()
+    logp, _, ref = policies()
     each = losses.preference(losses.dpo, logp, ref, mask=MASK, beta=0.3, reduction="none")
     assert each.shape == (P,)
     for reduction, want in (("none", each), ("sum", each.sum()), ("mean", each.mean())):
