@@ -18,10 +18,8 @@ def segment_sum(values: Tensor, segments: Tensor, count: int) -> Tensor:
     _check_segments(segments, count)
     if values.shape != segments.shape:
         raise ValueError(f"values and segments must have one shape, got {tuple(values.shape)}, {tuple(segments.shape)}")
-    outside = segments < 0
-    bucket = torch.where(outside, 0, segments.to(torch.int64) + 1).reshape(-1)  # the first is thrown away
-    values = torch.where(outside, 0.0, values).reshape(-1)
-    return values.new_zeros(count + 1).index_add(0, bucket, values)[1:]
+    bucket = (segments.to(torch.int64) + 1).clamp(min=0).reshape(-1)  # the first is thrown away, whatever is in it
+    return values.new_zeros(count + 1).index_add(0, bucket, values.reshape(-1))[1:]
 
 
 def segment_mean(values: Tensor, segments: Tensor, count: int) -> Tensor:

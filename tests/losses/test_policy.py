@@ -91,7 +91,7 @@ CASES = [
     case("ppo_clip", clip_low=0.1, clip_high=0.4, dual_clip=1.5), case("grpo"), case("grpo", dual_clip=1.3),
     case("grpo", kl="k3", kl_weight=0.5), case("grpo", kl="k2", kl_weight=0.5),
     case("grpo", kl="corrected_k3", kl_weight=0.5), case("gspo"), case("gspo", clip_low=0.2, clip_high=0.3),
-    case("cispo"), case("cispo", clip_low=0.2, clip_high=0.1), case("topr"), case("topr", threshold=1.0),
+    case("cispo"), case("cispo", clip_low=0.2, clip_high=0.1), case("topr"), case("topr", threshold=-0.8),
     case("sapo"), case("sapo", tau_positive=2.0, tau_negative=0.5), case("sapo", constant_gate=True), *REC,
 ]  # fmt: skip
 
@@ -162,7 +162,7 @@ def call(name: str, logp: Tensor, old: Tensor, advantage: Tensor, mask: Any, **a
 def test_loss_is_its_definition(name: str, o: dict[str, Any], dtype: torch.dtype) -> None:
     state = torch.get_rng_state()
     torch.manual_seed(int(torch.randint(0, 2**31, ())))  # as through_head will
-    old, ref = old_and_reference(spread=0.1 if o.get("mode") == "gspo-one-side" else 0.4)
+    old, ref = old_and_reference(spread={"gspo-one-side": 0.1, "ring": 2.0}.get(o.get("mode", ""), 0.4))
     torch.set_rng_state(state)
     through_head(
         lambda logp, mask: call(name, logp, old.to(dtype), ADVANTAGE, mask, **arguments_of(name, o, ref.to(dtype))),
