@@ -240,3 +240,12 @@ def test_dual_clip_takes_the_gradient_of_bad_tokens_far_away() -> None:
     assert value == 3.0 and torch.autograd.grad(value, logp)[0] == 0
     value = losses.ppo_clip(logp, torch.tensor([[-5.0]]), torch.tensor([-1.0]))
     torch.testing.assert_close(torch.autograd.grad(value, logp)[0].item(), math.exp(5.0))
+
+
+def test_topr_tapers_at_its_threshold() -> None:
+    """At A = threshold a token is a bad one: its weight is min(rho, 1); above it 1."""
+    logp, half = torch.zeros(1, 1), torch.full((1, 1), math.log(2.0))  # rho = 1/2
+    for threshold, weight in ((-0.75, 0.5), (-1.0, 1.0)):
+        leaf = logp.clone().requires_grad_()
+        value = losses.topr(leaf, half, torch.tensor([-0.75]), threshold=threshold)
+        assert torch.autograd.grad(value, leaf)[0].item() == pytest.approx(0.75 * weight)
