@@ -9,8 +9,10 @@ from .kept_memory import keep_memory
 from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from .registry import BackendError, backends, explain, use_backend
 from .row_loss import linear_row_loss, row_loss
+from .segments import Sequences, segment_mean, segment_sum, segments_of_cu_seqlens
 from .statistics import RowStats
 from .terms import HLGauss, RowTerm, TeacherHead
+from .token_logp import token_logp, token_logp_of_logits, token_mask
 from .wide_statistics import WideRowStats
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "RowStats",
     "RowTerm",
+    "Sequences",
     "TeacherHead",
     "WideRowStats",
     "__version__",
@@ -40,6 +43,12 @@ __all__ = [
     "nn",
     "row_loss",
     "row_stats",
+    "segment_mean",
+    "segment_sum",
+    "segments_of_cu_seqlens",
     "terms",
+    "token_logp",
+    "token_logp_of_logits",
+    "token_mask",
     "use_backend",
 ]

@@ -11,6 +11,8 @@ from .adaptation import (
     pairwise_confusion,
     poincare_distance,
 )
+from .advantages import asymre_advantage, group_relative, opmd_advantage, rec_advantage
+from .aggregation import aggregate, token_entropy_bonus
 from .binary import (
     background_triplet,
     confident_bilateral,
@@ -47,6 +49,7 @@ from .distillation import (
 )
 from .entropy import brier, confidence_penalty, entropy_bonus, lse_penalty, max_entropy, tsallis_entropy
 from .focal import adaptive_focal, focal, unlikelihood
+from .kl import kl_corrected_k3, kl_k1, kl_k2, kl_k3, kl_low_var
 from .ldr import AdaptiveLambda, aldr_kl, l1_normalize, ldr_kl, softplus_normalize
 from .noisy_labels import (
     EarlyLearningTargets,
@@ -56,7 +59,10 @@ from .noisy_labels import (
     product_teacher,
     weak_to_strong_confidence,
 )
+from .off_policy import cispo, rec, sapo, topr
 from .pass_at_n import pass_at_n, pass_at_n_sequence, pass_at_n_step
+from .policy import Operands, asymre, check_range, grpo, gspo, operands, opmd, policy_gradient, ppo_clip
+from .preference import dpo, ipo, kto, kto_reference_point, orpo, preference, rpo, sequence_logp, simpo
 from .rank_mixup import mixup_ndcg, mixup_ranking
 from .reweighting import aggregate_response, bag_mean, hard_fraction, kl_dro, loss_reweighted, multi_sample_dropout
 from .robust import asymmetric_generalized, asymmetric_unhinged, normalized_cross_entropy, symmetric_cross_entropy
@@ -69,12 +75,16 @@ from .values import bin_centres, bin_readout, hl_gauss, two_hot, two_hot_columns
 __all__ = [
     "AdaptiveLambda",
     "EarlyLearningTargets",
+    "Operands",
     "adaptive_focal",
+    "aggregate",
     "aggregate_response",
     "aldr_kl",
     "approximate_likelihood",
     "asymmetric_generalized",
     "asymmetric_unhinged",
+    "asymre",
+    "asymre_advantage",
     "background_triplet",
     "bag_mean",
     "bin_centres",
@@ -84,13 +94,16 @@ __all__ = [
     "calibration",
     "catalogue",
     "cauchy_schwarz_dependence",
+    "check_range",
     "chunk_logp",
+    "cispo",
     "class_correlation",
     "comp_sum",
     "confidence_penalty",
     "confidence_warmup",
     "confident_bilateral",
     "cross_entropy",
+    "dpo",
     "dynmole_entropy",
     "dynmole_load_balance",
     "dynmole_routing",
@@ -102,13 +115,24 @@ __all__ = [
     "focal",
     "forward_kl",
     "generalized_cross_entropy",
+    "group_relative",
+    "grpo",
+    "gspo",
     "hard_fraction",
     "hl_gauss",
     "hyperbolic_cross_entropy",
     "hyperbolic_logits",
+    "ipo",
     "jensen_shannon",
+    "kl_corrected_k3",
     "kl_dro",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "kl_low_var",
     "knowledge_distillation",
+    "kto",
+    "kto_reference_point",
     "l1_normalize",
     "ldr_kl",
     "load_balance",
@@ -128,6 +152,10 @@ __all__ = [
     "mobius_add",
     "multi_sample_dropout",
     "normalized_cross_entropy",
+    "operands",
+    "opmd",
+    "opmd_advantage",
+    "orpo",
     "pairwise_confusion",
     "pass_at_n",
     "pass_at_n_sequence",
@@ -135,12 +163,21 @@ __all__ = [
     "plackett_luce",
     "plackett_luce_order",
     "poincare_distance",
+    "policy_gradient",
+    "ppo_clip",
+    "preference",
     "preference_degree",
     "product",
     "product_teacher",
     "profit_aware_bce",
+    "rec",
+    "rec_advantage",
     "reverse_kl",
     "router_z_loss",
+    "rpo",
+    "sapo",
+    "sequence_logp",
+    "simpo",
     "skewed_kl",
     "skewed_reverse_kl",
     "smooth_adversarial_comp_sum",
@@ -153,6 +190,8 @@ __all__ = [
     "symmetric_kl",
     "target_logp",
     "teacher_cross_entropy",
+    "token_entropy_bonus",
+    "topr",
     "total_variation",
     "tri_bce",
     "truncated_generalized_cross_entropy",
