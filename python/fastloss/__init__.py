@@ -6,6 +6,8 @@ from .engine import linear_row_stats, row_stats
 from .functional import cross_entropy, linear_cross_entropy
 from .kept_memory import keep_memory
 from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
+from .region_statistics import RegionStats
+from .regions import region_loss, region_stats
 from .registry import BackendError, backends, explain, use_backend
 from .row_loss import linear_row_loss, row_loss
 from .statistics import RowStats
@@ -16,6 +18,7 @@ __all__ = [
     "BackendError",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "RegionStats",
     "RowStats",
     "__version__",
     "backends",
@@ -29,6 +32,8 @@ __all__ = [
     "linear_row_stats",
     "losses",
     "nn",
+    "region_loss",
+    "region_stats",
     "row_loss",
     "row_stats",
     "use_backend",

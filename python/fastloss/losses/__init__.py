@@ -2,5 +2,32 @@
 
 from . import catalogue
 from .cross_entropy import cross_entropy
+from .region import (
+    balanced_accuracy,
+    dice,
+    f_beta,
+    focal_tversky,
+    g_mean,
+    iou,
+    mean_entropy,
+    proportion_kl,
+    region_bce,
+    repri,
+    tversky,
+)
 
-__all__ = ["catalogue", "cross_entropy"]
+__all__ = [
+    "balanced_accuracy",
+    "catalogue",
+    "cross_entropy",
+    "dice",
+    "f_beta",
+    "focal_tversky",
+    "g_mean",
+    "iou",
+    "mean_entropy",
+    "proportion_kl",
+    "region_bce",
+    "repri",
+    "tversky",
+]
