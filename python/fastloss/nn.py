@@ -38,18 +38,22 @@ from torch.nn import (
 )
 
 from . import functional
+from .region_modules import AnyLoss, DiceLoss, IoULoss, RegionLoss, TverskyLoss
 from .row_loss import RowFunction, check_reduction, linear_row_loss, row_loss
 
 __all__ = [
     "AdaptiveLogSoftmaxWithLoss",
+    "AnyLoss",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CTCLoss",
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
+    "DiceLoss",
     "GaussianNLLLoss",
     "HingeEmbeddingLoss",
     "HuberLoss",
+    "IoULoss",
     "KLDivLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
@@ -63,11 +67,13 @@ __all__ = [
     "NLLLoss",
     "NLLLoss2d",
     "PoissonNLLLoss",
+    "RegionLoss",
     "RowLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
     "TripletMarginLoss",
     "TripletMarginWithDistanceLoss",
+    "TverskyLoss",
 ]
 
 

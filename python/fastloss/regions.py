@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -185,6 +186,13 @@ def region_stats(
     rows = _regions(x, per, direct), _regions(labels.target, per, direct)
     table = region_autograd.region_stats(*rows, counts, int(want), float(sharpness or 1.0))
     return RegionStats(_gather(table, per, direct, b, c), want)
+
+
+def check_arguments(loss: Callable[..., Tensor], arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError for names that neither the loss nor `region_stats` takes."""
+    known = {*list(inspect.signature(loss).parameters)[1:], *list(inspect.signature(region_stats).parameters)[2:]}
+    if unknown := sorted(set(arguments) - known):
+        raise TypeError(f"unknown arguments {', '.join(unknown)}: {', '.join(sorted(known))} are taken")
 
 
 def region_loss(
