@@ -36,8 +36,9 @@ _define(
 
 
 def split_count(regions: int, size: int) -> int:
-    """Blocks that share a region on a GPU: enough for the largest one, no block with less than 8192 values."""
-    return max(1, min(-(-size // 8192), -(-2048 // max(regions, 1))))
+    """Blocks that share a region on a GPU: enough for the largest one, none with less than 8192 values where there are
+    enough, none with more than 131072: a thread then adds at most 512 numbers in float32."""
+    return max(1, min(-(-size // 8192), -(-2048 // max(regions, 1))), -(-size // 131072))
 
 
 def _why_not(logits: Tensor, target: Tensor, mask: Tensor | None, *_: Any) -> str | None:
