@@ -55,13 +55,13 @@ def sigmoids(x):
 
 
 @triton.jit
-def elements(logits, target, mask, at, mask_at, inside, sharpness, WANT: tl.constexpr):
+def elements(logits, labels, mask, at, mask_at, inside, sharpness, WANT: tl.constexpr):
     """(x, t, 1 - t, counts; p, 1 - p, dp/dx of the confusion matrix; the same of sigmoid(x)), 0 where nothing counts."""
     counts = inside
     if mask is not None:
         counts = inside & (tl.load(mask + mask_at, mask=inside, other=0) != 0)
     x = tl.load(logits + at, mask=counts, other=0.0).to(tl.float32)
-    t = tl.load(target + at, mask=counts, other=0).to(tl.float32)
+    t = tl.load(labels + at, mask=counts, other=0).to(tl.float32)
     one = tl.where(counts, 1.0, 0.0)
     plain_p, plain_q, plain_slope = sigmoids(x)
     p, q, slope = plain_p, plain_q, plain_slope
@@ -82,7 +82,7 @@ def place(region, block, P, mask_share, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def region_stats_kernel(logits, target, mask, part, R, P, splits, mask_share, sharpness, WANT: tl.constexpr,
+def region_stats_kernel(logits, labels, mask, part, R, P, splits, mask_share, sharpness, WANT: tl.constexpr,
                         BLOCK: tl.constexpr):  # fmt: skip
     region, split = tl.program_id(0), tl.program_id(1)
     blocks = tl.cdiv(tl.cdiv(P, BLOCK), splits)
@@ -92,7 +92,7 @@ def region_stats_kernel(logits, target, mask, part, R, P, splits, mask_share, sh
     for b in range(split * blocks, (split + 1) * blocks):
         at, mask_at, inside = place(region, b, P, mask_share, BLOCK)
         x, t, f, one, p, q, _, plain_p, plain_q, _ = elements(
-            logits, target, mask, at, mask_at, inside, sharpness, WANT
+            logits, labels, mask, at, mask_at, inside, sharpness, WANT
         )  # fmt: skip
         count += one
         labelled += t
@@ -128,13 +128,13 @@ def region_stats_kernel(logits, target, mask, part, R, P, splits, mask_share, sh
 
 
 @triton.jit
-def region_gradient_kernel(coef, logits, target, mask, dlogits, R, P, mask_share, sharpness, WANT: tl.constexpr,
+def region_gradient_kernel(coef, logits, labels, mask, dlogits, R, P, mask_share, sharpness, WANT: tl.constexpr,
                            BLOCK: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(P, BLOCK)
     region, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     at, mask_at, inside = place(region, block, P, mask_share, BLOCK)
     x, t, f, one, p, q, slope, plain_p, plain_q, plain_slope = elements(
-        logits, target, mask, at, mask_at, inside, sharpness, WANT
+        logits, labels, mask, at, mask_at, inside, sharpness, WANT
     )  # fmt: skip
     c = coef + region
     n = wide(R)
