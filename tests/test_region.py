@@ -117,6 +117,13 @@ def test_confident_errors_are_not_lost(dtype: torch.dtype) -> None:
     assert abs(losses.dice(stats, smooth=0.0).item() / (1.1253516e-07 / 8190) - 1) < 1e-6
 
 
+def test_far_logits_keep_their_digits() -> None:
+    """e^-80: the product with log2(e) rounded once would be 1e-6 off."""
+    x, t = torch.full((1, 100), -80.3), torch.zeros(1, 100, dtype=torch.bool)
+    right = region_formulas.statistics(x.double(), t, None, 0, 1.0)[3]
+    assert abs(fastloss.region_stats(x, t).false_positive.double() / right - 1) < 5e-7
+
+
 def test_threads_and_repeats() -> None:
     """A region that is split among threads: the same bits whatever their number, and the accuracy of double."""
     x, t = torch.randn(2, 200_001), labels("bool", (2, 200_001), torch.float32)
@@ -162,6 +169,8 @@ def test_what_kernels_read_wrongly_is_refused() -> None:
             ops.region_stats(*bad)
     with pytest.raises(TypeError, match="mask must be torch"):
         ops.region_stats(x, t, torch.ones(4, 9))
+    with pytest.raises(ValueError, match="are those of logits"):
+        ops.region_stats(x, t, None, PROBABILITIES | BCE)
     with pytest.raises(ValueError, match="coef must have shape"):
         ops.region_stats_backward(torch.rand(5, 3), x, t, None)
     with fastloss.use_backend("cpp"), pytest.raises(fastloss.BackendError, match="contiguous regions"):

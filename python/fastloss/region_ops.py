@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backend_cpp, backend_cuda, backend_triton, kept_memory, region_reference
 from .compiled import _C, DTYPES, pointer
-from .contract import NUM_REGION_COEFS, NUM_REGION_STATS
+from .contract import NUM_REGION_COEFS, NUM_REGION_STATS, RegionWant
 from .ops import _define
 from .registry import kernel
 
@@ -52,8 +52,10 @@ def _why_not(logits: Tensor, target: Tensor, mask: Tensor | None, *_: Any) -> st
     return None
 
 
-def _check(logits: Tensor, target: Tensor, mask: Tensor | None) -> None:
+def _check(logits: Tensor, target: Tensor, mask: Tensor | None, want: int) -> None:
     """Kernels read all tensors by the shape of the logits: another one would be read out of bounds."""
+    if want & RegionWant.PROBABILITIES and want & (RegionWant.CROSS_ENTROPY | RegionWant.ENTROPY):
+        raise ValueError("cross entropy and entropy are those of logits; with probabilities they are not computed")
     if logits.dim() != 2 or target.shape != logits.shape:
         raise ValueError(f"logits and target must be [R, P], got {tuple(logits.shape)} and {tuple(target.shape)}")
     if mask is None:
@@ -97,7 +99,7 @@ def merge(part: Tensor) -> Tensor:
 
 @kernel("region_stats", "cpp", lambda logits, *a: backend_cpp._missing(logits) or _why_not(logits, *a))
 def _region_stats_cpp(logits: Tensor, target: Tensor, mask: Tensor | None, want: int, sharpness: float) -> Tensor:
-    _check(logits, target, mask)
+    _check(logits, target, mask, want)
 
     def run() -> Tensor:
         stats = torch.empty(NUM_REGION_STATS, logits.shape[0], dtype=torch.float32, device="cpu")
@@ -112,7 +114,7 @@ def _region_stats_cpp(logits: Tensor, target: Tensor, mask: Tensor | None, want:
 def _region_stats_backward_cpp(
     coef: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, want: int, sharpness: float
 ) -> Tensor:
-    _check(logits, target, mask)
+    _check(logits, target, mask, want)
     coef = _check_coefficients(coef, logits)
     out = kept_memory.empty(logits.shape, logits.dtype)
     fields = _fields(logits, target, mask, want, sharpness)
@@ -135,7 +137,7 @@ def _missing_cuda(logits: Tensor) -> str | None:
 
 @kernel("region_stats", "cuda", lambda logits, *a: _missing_cuda(logits) or _why_not(logits, *a))
 def _region_stats_cuda(logits: Tensor, target: Tensor, mask: Tensor | None, want: int, sharpness: float) -> Tensor:
-    _check(logits, target, mask)
+    _check(logits, target, mask, want)
 
     def run() -> Tensor:
         slices = split_count(*logits.shape)
@@ -151,7 +153,7 @@ def _region_stats_cuda(logits: Tensor, target: Tensor, mask: Tensor | None, want
 def _region_stats_backward_cuda(
     coef: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, want: int, sharpness: float
 ) -> Tensor:
-    _check(logits, target, mask)
+    _check(logits, target, mask, want)
     coef, out = _check_coefficients(coef, logits), torch.empty_like(logits)
     if logits.numel():
         fields = _fields(logits, target, mask, want, sharpness)
@@ -167,7 +169,7 @@ def _region_stats_backward_cuda(
 def _region_stats_triton(logits: Tensor, target: Tensor, mask: Tensor | None, want: int, sharpness: float) -> Tensor:
     from .triton_kernels import region_stats as kernels
 
-    _check(logits, target, mask)
+    _check(logits, target, mask, want)
     splits = split_count(*logits.shape)
     return _statistics(logits, lambda: merge(kernels.region_stats(logits, target, mask, want, sharpness, splits)))
 
@@ -180,5 +182,5 @@ def _region_stats_backward_triton(
 ) -> Tensor:
     from .triton_kernels import region_stats as kernels
 
-    _check(logits, target, mask)
+    _check(logits, target, mask, want)
     return kernels.region_stats_backward(_check_coefficients(coef, logits), logits, target, mask, want, sharpness)
