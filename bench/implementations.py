@@ -239,11 +239,39 @@ def focal(group: Group) -> Case:
     return Case(calls, (z, y), 3 * size, 0, gradient_bytes=size, logits_bytes=size)
 
 
+def region(group: Group) -> Case:
+    """Dice of every sample and class, alone or with the binary cross entropy of the same pixels ("combo")."""
+    torch.manual_seed(0)
+    x = (torch.randn(group.shape, device=group.device) * 3).to(group.torch_dtype).requires_grad_()
+    t = torch.rand(group.shape, device=group.device) < 0.3
+    combo = group.mode == "combo"
+
+    def eager(x: Tensor, t: Tensor) -> Tensor:
+        p, t = x.float().sigmoid(), t.float()
+        both, sums = (p * t).sum((2, 3)), p.sum((2, 3)) + t.sum((2, 3))
+        loss = (1 - (2 * both + 1) / (sums + 1)).mean()
+        return loss + F.binary_cross_entropy_with_logits(x.float(), t) if combo else loss
+
+    def mine() -> Tensor:
+        stats = fastloss.region_stats(x, t, per="sample_class", stats="bce" if combo else ())
+        loss = fastloss.losses.dice(stats).mean()
+        return loss + fastloss.losses.region_bce(stats).mean() if combo else loss
+
+    fast = compiled(eager)
+    calls = {
+        "torch": training_step(lambda: eager(x, t), x),
+        "torch_compile": training_step(lambda: fast(x, t), x),
+        **ours(group.device, training_step(mine, x)),
+    }
+    return Case(calls, (x, t), 3 * x.nbytes + 2 * t.nbytes, 0, gradient_bytes=x.nbytes, logits_bytes=x.nbytes)
+
+
 CASES: dict[str, Callable[[Group], Case]] = {
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "row_stats": row_stats,
     "focal": focal,
+    "region": region,
 }
 
 

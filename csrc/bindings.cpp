@@ -5,6 +5,7 @@
 #include "cpu/cross_entropy.h"
 #include "cpu/kept_memory.h"
 #include "cpu/linear_cross_entropy.h"
+#include "cpu/region_stats.h"
 #include "cpu/targets.h"
 #include "fastloss.h"
 #ifdef FASTLOSS_CUDA
@@ -60,6 +61,24 @@ RowStats row_stats_of(int mode, uintptr_t logits, uintptr_t target, uintptr_t pr
           margin_b};
 }
 
+RegionStats region_stats_of(uintptr_t logits, uintptr_t target, uintptr_t mask, uintptr_t coef, uintptr_t stats,
+                            uintptr_t dlogits, int64_t n, int64_t size, int64_t mask_share, int dtype, int target_dtype,
+                            int want, float sharpness) {
+  return {pointer<void>(logits),
+          pointer<void>(target),
+          pointer<uint8_t>(mask),
+          pointer<float>(coef),
+          pointer<float>(stats),
+          pointer<void>(dlogits),
+          n,
+          size,
+          mask_share,
+          dtype,
+          target_dtype,
+          want,
+          sharpness};
+}
+
 } // namespace
 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
@@ -109,6 +128,12 @@ LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
       py::arg("d"), py::arg("v"), py::arg("ldx"), py::arg("ldw"), py::arg("ignore_index"), py::arg("max_extra_bytes"), \
       py::arg("dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"),                                         \
       py::arg("margin_loss") = 0, py::arg("margin_a") = 0.0, py::arg("margin_b") = 0.0, py::arg("isa")
+
+// And of RegionStats.
+#define REGION_KEYWORDS                                                                                                \
+  py::kw_only(), py::arg("logits"), py::arg("target"), py::arg("mask"), py::arg("coef"), py::arg("stats"),             \
+      py::arg("dlogits"), py::arg("n"), py::arg("size"), py::arg("mask_share"), py::arg("dtype"),                      \
+      py::arg("target_dtype"), py::arg("want"), py::arg("sharpness")
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Memory>(m, "Memory", py::buffer_protocol())
@@ -177,6 +202,16 @@ PYBIND11_MODULE(_C, m) {
                                             isa);
       },
       LINEAR_KEYWORDS);
+  m.def(
+      "region_stats_cpu",
+      [](uintptr_t logits, uintptr_t target, uintptr_t mask, uintptr_t coef, uintptr_t stats, uintptr_t dlogits,
+         int64_t n, int64_t size, int64_t mask_share, int dtype, int target_dtype, int want, float sharpness, int isa) {
+        RegionStats args = region_stats_of(logits, target, mask, coef, stats, dlogits, n, size, mask_share, dtype,
+                                           target_dtype, want, sharpness);
+        py::gil_scoped_release release;
+        region_stats_cpu(args, isa);
+      },
+      REGION_KEYWORDS, py::arg("isa"));
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;
@@ -196,6 +231,16 @@ PYBIND11_MODULE(_C, m) {
         row_stats_cuda(args, device, pointer<void>(stream));
       },
       ROW_STATS_KEYWORDS, py::arg("device"), py::arg("stream"), py::arg("upstream"));
+  m.def(
+      "region_stats_cuda",
+      [](uintptr_t logits, uintptr_t target, uintptr_t mask, uintptr_t coef, uintptr_t stats, uintptr_t dlogits,
+         int64_t n, int64_t size, int64_t mask_share, int dtype, int target_dtype, int want, float sharpness,
+         int slices, int device, uintptr_t stream) {
+        RegionStats args = region_stats_of(logits, target, mask, coef, stats, dlogits, n, size, mask_share, dtype,
+                                           target_dtype, want, sharpness);
+        region_stats_cuda(args, slices, device, pointer<void>(stream));
+      },
+      REGION_KEYWORDS, py::arg("slices"), py::arg("device"), py::arg("stream"));
   m.def("scale_cuda", [](uintptr_t x, int dtype, int64_t n, uintptr_t factor, int device, uintptr_t stream) {
     scale_cuda(pointer<void>(x), dtype, n, pointer<float>(factor), device, pointer<void>(stream));
   });

@@ -59,7 +59,15 @@ def row_cases() -> list[Case]:
     return cases
 
 
-CASES = linear_cases() + row_cases()
+def region_cases() -> list[Case]:
+    cases = []
+    for kernel in ("region_stats", "region_gradient"):
+        cases += [Case(kernel, "bf16", target, want) for target in SHARED_LIMIT for want in (0, 7)]
+        cases += [Case(kernel, "fp32", "sm_90", want, absent=("mask",)) for want in (0, 7, 15, 17)]
+    return cases
+
+
+CASES = linear_cases() + row_cases() + region_cases()
 TOO_LARGE = Case("linear_stats", "bf16", "sm_90", ALL, True, ("lift",), True, Tile(128, 256, 64, 8, 3))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from fastloss.triton_kernels import common, linear_row_stats_kernels, row_stats_kernels, scale
+from fastloss.triton_kernels import common, linear_row_stats_kernels, region_stats, row_stats_kernels, scale
 from fastloss.triton_kernels.linear_row_stats import GROUP, Tile, count_extras, default_tile
 from fastloss.triton_kernels.row_stats import cross_entropy_block, gradient_block, statistics_block
 from triton.backends.compiler import GPUTarget
@@ -25,7 +25,8 @@ MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
 
 DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz"}
 INT64 = {"target", "argmax"}
-FLOAT = {"scale", "cap"}
+BYTES = {"mask", "labels"}
+FLOAT = {"scale", "cap", "sharpness"}
 NEVER_ALIGNED = {"N", "splits", "ignore_index", "first_column"}  # do_not_specialize
 
 
@@ -66,6 +67,9 @@ def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         return common.merge_kernel, dict(WANT=case.want, SOFT=False, BLOCK=128), dict(num_warps=4)
     if case.kernel == "scale":
         return scale.scale_kernel, dict(BLOCK=scale.BLOCK), dict(num_warps=8)
+    if case.kernel in ("region_stats", "region_gradient"):
+        kernel = getattr(region_stats, f"{case.kernel}_kernel")
+        return kernel, dict(WANT=case.want, BLOCK=region_stats.BLOCK), dict(num_warps=region_stats.WARPS)
     if case.kernel in ("linear_stats", "linear_gradient"):
         kernels = linear_row_stats_kernels
         kernel = kernels.linear_row_stats_kernel if case.kernel == "linear_stats" else kernels.linear_gradient_kernel
@@ -99,12 +103,20 @@ def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
         elif (
             name[0].isupper()
             or name.startswith("stride")
-            or name in ("splits", "ignore_index", "first_column", "width", "count")
+            or name in ("splits", "ignore_index", "first_column", "width", "count", "mask_share")
         ):
             signature[name] = "i32"
         else:
             pointee = (
-                case.dtype if name in DATA else "i64" if name in INT64 else "i32" if name == "part_index" else "fp32"
+                case.dtype
+                if name in DATA
+                else "i64"
+                if name in INT64
+                else "u8"
+                if name in BYTES
+                else "i32"
+                if name == "part_index"
+                else "fp32"
             )
             signature[name] = "*" + pointee
         if (signature[name] == "i32" and name not in NEVER_ALIGNED) or signature[name].startswith("*"):

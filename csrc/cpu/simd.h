@@ -27,6 +27,7 @@ constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline float to_float(float x) { return x; }
+inline float to_float(uint8_t x) { return x; }
 inline float to_float(Float16 x) { return float(x.value); }
 inline float to_float(BFloat16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
@@ -133,6 +134,9 @@ FASTLOSS_WORD Vector load(const BFloat16 *p) {
   __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+FASTLOSS_WORD Vector load(const uint8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 FASTLOSS_WORD void store(float *p, Vector a) { _mm256_storeu_ps(p, a); }
 FASTLOSS_WORD void store(Float16 *p, Vector a) { _mm_storeu_si128((__m128i *)p, round_to_half(a)); }
 FASTLOSS_WORD void store(BFloat16 *p, Vector a) { _mm_storeu_si128((__m128i *)p, round_to_bfloat(a)); }
@@ -203,6 +207,9 @@ FASTLOSS_WORD __m256i round_to_half(Vector a) { return _mm512_cvtps_ph(a, _MM_FR
 FASTLOSS_WORD Vector load(const float *p) { return _mm512_loadu_ps(p); }
 FASTLOSS_WORD Vector load(const Float16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 FASTLOSS_WORD Vector load(const BFloat16 *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
+FASTLOSS_WORD Vector load(const uint8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 FASTLOSS_WORD Vector load_part(const float *p, int64_t count, float fill) {
   return _mm512_mask_loadu_ps(set(fill), first(count), p);
 }
@@ -211,6 +218,10 @@ FASTLOSS_WORD Vector load_part(const Float16 *p, int64_t count, float fill) {
 }
 FASTLOSS_WORD Vector load_part(const BFloat16 *p, int64_t count, float fill) {
   return _mm512_mask_mov_ps(set(fill), first(count), widen(_mm256_maskz_loadu_epi16(first(count), p)));
+}
+FASTLOSS_WORD Vector load_part(const uint8_t *p, int64_t count, float fill) {
+  Vector bytes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), p)));
+  return _mm512_mask_mov_ps(set(fill), first(count), bytes);
 }
 FASTLOSS_WORD void store(float *p, Vector a) { _mm512_storeu_ps(p, a); }
 FASTLOSS_WORD void store(Float16 *p, Vector a) { _mm256_storeu_si256((__m256i *)p, round_to_half(a)); }

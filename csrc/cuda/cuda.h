@@ -1,6 +1,7 @@
 // The CUDA backend: launchers on raw device pointers, and what device there is. No torch, no CUDA header.
 #pragma once
 #include "fastloss.h"
+#include "region_stats.h"
 #include "row_terms.h"
 
 #include <cstddef>
@@ -43,5 +44,8 @@ void row_terms_cuda(const RowTerms &, int device, void *stream);
 
 // x[0..n) *= *factor in place, a number on the device; where it is 1, nothing is read or written.
 void scale_cuda(void *x, int dtype, int64_t n, const float *factor, int device, void *stream);
+
+// Statistics of regions, or with `coef` the gradient. `slices` blocks share a region, and each leaves its own sums.
+void region_stats_cuda(const RegionStats &, int slices, int device, void *stream);
 
 } // namespace fastloss

@@ -46,3 +46,11 @@ def row_stats_cuda(
     margin_b: float = 0, device: int, stream: int, upstream: int,
 ) -> None: ...  # fmt: skip
 def scale_cuda(x: int, dtype: int, n: int, factor: int, device: int, stream: int) -> None: ...
+def region_stats_cpu(
+    *, logits: int, target: int, mask: int, coef: int, stats: int, dlogits: int, n: int, size: int, mask_share: int,
+    dtype: int, target_dtype: int, want: int, sharpness: float, isa: int,
+) -> None: ...  # fmt: skip
+def region_stats_cuda(
+    *, logits: int, target: int, mask: int, coef: int, stats: int, dlogits: int, n: int, size: int, mask_share: int,
+    dtype: int, target_dtype: int, want: int, sharpness: float, slices: int, device: int, stream: int,
+) -> None: ...  # fmt: skip

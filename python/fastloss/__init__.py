@@ -7,6 +7,8 @@ from .engine import linear_row_stats, row_stats
 from .functional import cross_entropy, linear_cross_entropy
 from .kept_memory import keep_memory
 from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
+from .region_statistics import RegionStats
+from .regions import region_loss, region_stats
 from .registry import BackendError, backends, explain, use_backend
 from .row_loss import linear_row_loss, row_loss
 from .segments import Sequences, segment_mean, segment_sum, segments_of_cu_seqlens
@@ -22,6 +24,7 @@ __all__ = [
     "CrossEntropyLoss",
     "HLGauss",
     "LinearCrossEntropyLoss",
+    "RegionStats",
     "RowStats",
     "RowTerm",
     "Sequences",
@@ -41,6 +44,8 @@ __all__ = [
     "losses",
     "multi_aspect_distillation",
     "nn",
+    "region_loss",
+    "region_stats",
     "row_loss",
     "row_stats",
     "segment_mean",

@@ -107,3 +107,42 @@ class TermCoef(IntEnum):
 
 
 NUM_STATS, NUM_COEFS, NUM_EPILOGUES = len(Stat), len(Coef), 4
+
+
+class RegionWant(IntFlag):
+    """Statistics of a region that are computed only when asked for, and what its values are."""
+
+    NOTHING = 0
+    SQUARES = 1
+    CROSS_ENTROPY = 2
+    ENTROPY = 4
+    SHARP = 8
+    PROBABILITIES = 16
+
+
+class RegionStat(IntEnum):
+    """Rows of the `stats` table [10, R] of regions."""
+
+    COUNT = 0
+    LABELLED = 1
+    TRUE_POSITIVE = 2
+    FALSE_POSITIVE = 3
+    FALSE_NEGATIVE = 4
+    TRUE_NEGATIVE = 5
+    SQUARED_ERROR = 6
+    LABELLED_SQUARE = 7
+    CROSS_ENTROPY = 8
+    ENTROPY = 9
+
+
+class RegionCoef(IntEnum):
+    """Rows of the coefficients [5, R] of the gradient's terms."""
+
+    POSITIVE = 0
+    NEGATIVE = 1
+    SQUARE = 2
+    CROSS_ENTROPY = 3
+    ENTROPY = 4
+
+
+NUM_REGION_STATS, NUM_REGION_COEFS = len(RegionStat), len(RegionCoef)

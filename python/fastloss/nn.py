@@ -60,10 +60,12 @@ from .policy_modules import (
     SimPOLoss,
     TOPRLoss,
 )
+from .region_modules import AnyLoss, DiceLoss, IoULoss, RegionLoss, TverskyLoss
 from .row_loss import RowFunction, check_reduction, linear_row_loss, row_loss
 
 __all__ = [
     "AdaptiveLogSoftmaxWithLoss",
+    "AnyLoss",
     "AsymRELoss",
     "BCELoss",
     "BCEWithLogitsLoss",
@@ -72,6 +74,7 @@ __all__ = [
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "DPOLoss",
+    "DiceLoss",
     "DualHeadDistillationLoss",
     "GRPOLoss",
     "GSPOLoss",
@@ -79,6 +82,7 @@ __all__ = [
     "HingeEmbeddingLoss",
     "HuberLoss",
     "IPOLoss",
+    "IoULoss",
     "KLDivLoss",
     "KTOLoss",
     "L1Loss",
@@ -102,6 +106,7 @@ __all__ = [
     "PreferenceLoss",
     "RECLoss",
     "RPOLoss",
+    "RegionLoss",
     "RowLoss",
     "SAPOLoss",
     "SimPOLoss",
@@ -110,6 +115,7 @@ __all__ = [
     "TOPRLoss",
     "TripletMarginLoss",
     "TripletMarginWithDistanceLoss",
+    "TverskyLoss",
 ]
 
 

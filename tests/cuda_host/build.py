@@ -57,7 +57,7 @@ def sources(patches: Sequence[Patch] = ()) -> dict[str, str]:
     """The files of csrc/cuda and what they include, with the patches applied."""
     files = [p for pattern in ("*.cu", "*.cuh", "*.h", "host/*.h") for p in CUDA.glob(pattern)]
     texts = {str(p.relative_to(CUDA)): p.read_text() for p in sorted(files)}
-    texts["fastloss.h"] = (CUDA.parent / "fastloss.h").read_text()
+    texts |= {p.name: p.read_text() for p in sorted(CUDA.parent.glob("*.h"))}
     for name, old, new in patches:
         if texts[name].count(old) != 1:
             raise ValueError(f"{name}: {old!r} stands there {texts[name].count(old)} times, not once")
@@ -80,7 +80,8 @@ def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | 
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         made = Path(work) / "made"
-        kind = ["-fPIC", "-shared", f"{work}/row_stats.cu", f"{work}/scale.cu"] if program is None else []
+        kernels = [f"{work}/{name}" for name in texts if name.endswith(".cu") and name != "device.cu"]
+        kind = ["-fPIC", "-shared", *kernels] if program is None else []
         warnings = "-Wall -Wextra -Wno-unused -Wno-unknown-pragmas".split()
         # Without gnu-unique every library has its own emulator, however many one process loads.
         command = [
@@ -105,13 +106,15 @@ def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | 
 def load(path: Path) -> ctypes.CDLL:
     """The library, with the types of what it returns."""
     library = ctypes.CDLL(str(path))
-    for name in ("c_launch", "c_run", "c_scale", "c_why_not"):
+    for name in ("c_launch", "c_region_stats", "c_run", "c_scale", "c_why_not"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
 
-def run_sanitized(variant: str, library: Path, *arguments: str, order: str = "asc") -> tuple[int, str]:
-    """Runs `python -m cuda_host.rows LIBRARY ARGUMENTS` with the sanitizer's runtime preloaded: python itself has none."""
+def run_sanitized(
+    variant: str, library: Path, *arguments: str, order: str = "asc", module: str = "cuda_host.rows"
+) -> tuple[int, str]:
+    """Runs `python -m MODULE LIBRARY ARGUMENTS` with the sanitizer's runtime preloaded: python itself has none."""
     found = subprocess.run(["g++", f"-print-file-name=lib{variant}.so"], capture_output=True, text=True, check=True)
     env = {
         **os.environ,
@@ -122,6 +125,6 @@ def run_sanitized(variant: str, library: Path, *arguments: str, order: str = "as
         "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_thread_leaks=0",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "cuda_host.rows", str(library), *arguments]
+    command = [sys.executable, "-m", module, str(library), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr

@@ -64,6 +64,19 @@ from .pass_at_n import pass_at_n, pass_at_n_sequence, pass_at_n_step
 from .policy import Operands, asymre, check_range, grpo, gspo, operands, opmd, policy_gradient, ppo_clip
 from .preference import dpo, ipo, kto, kto_reference_point, orpo, preference, rpo, sequence_logp, simpo
 from .rank_mixup import mixup_ndcg, mixup_ranking
+from .region import (
+    balanced_accuracy,
+    dice,
+    f_beta,
+    focal_tversky,
+    g_mean,
+    iou,
+    mean_entropy,
+    proportion_kl,
+    region_bce,
+    repri,
+    tversky,
+)
 from .reweighting import aggregate_response, bag_mean, hard_fraction, kl_dro, loss_reweighted, multi_sample_dropout
 from .robust import asymmetric_generalized, asymmetric_unhinged, normalized_cross_entropy, symmetric_cross_entropy
 from .router import dynmole_entropy, dynmole_load_balance, dynmole_routing, load_balance, router_z_loss
@@ -87,6 +100,7 @@ __all__ = [
     "asymre_advantage",
     "background_triplet",
     "bag_mean",
+    "balanced_accuracy",
     "bin_centres",
     "bin_readout",
     "binary_distillation",
@@ -103,6 +117,7 @@ __all__ = [
     "confidence_warmup",
     "confident_bilateral",
     "cross_entropy",
+    "dice",
     "dpo",
     "dynmole_entropy",
     "dynmole_load_balance",
@@ -112,8 +127,11 @@ __all__ = [
     "ensemble_loss",
     "entropy_bonus",
     "exponential_map",
+    "f_beta",
     "focal",
+    "focal_tversky",
     "forward_kl",
+    "g_mean",
     "generalized_cross_entropy",
     "group_relative",
     "grpo",
@@ -122,6 +140,7 @@ __all__ = [
     "hl_gauss",
     "hyperbolic_cross_entropy",
     "hyperbolic_logits",
+    "iou",
     "ipo",
     "jensen_shannon",
     "kl_corrected_k3",
@@ -145,6 +164,7 @@ __all__ = [
     "max_entropy",
     "mdca",
     "mean_absolute_error",
+    "mean_entropy",
     "mean_teacher_cross_entropy",
     "mixup_ndcg",
     "mixup_ranking",
@@ -170,8 +190,11 @@ __all__ = [
     "product",
     "product_teacher",
     "profit_aware_bce",
+    "proportion_kl",
     "rec",
     "rec_advantage",
+    "region_bce",
+    "repri",
     "reverse_kl",
     "router_z_loss",
     "rpo",
@@ -196,6 +219,7 @@ __all__ = [
     "tri_bce",
     "truncated_generalized_cross_entropy",
     "tsallis_entropy",
+    "tversky",
     "two_hot",
     "two_hot_columns",
     "unlikelihood",

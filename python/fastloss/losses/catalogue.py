@@ -82,7 +82,7 @@ def row(
 
 
 def entry(
-    *, formula: str, gradient: str, source: str, statistics: tuple[str, ...] = (), published: str = ""
+    *, formula: str, gradient: str, source: str, statistics: Statistics = (), published: str = ""
 ) -> Callable[[Function], Function]:
     """Register any other loss or helper (of sequences, regions, per-sample losses): returned unchanged."""
 
