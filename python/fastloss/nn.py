@@ -38,6 +38,7 @@ from torch.nn import (
 )
 
 from . import functional
+from .spherical import SphericalLinear
 
 __all__ = [
     "AdaptiveLogSoftmaxWithLoss",
@@ -63,6 +64,7 @@ __all__ = [
     "PoissonNLLLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "SphericalLinear",
     "TripletMarginLoss",
     "TripletMarginWithDistanceLoss",
 ]
