@@ -2,11 +2,12 @@
 
 from . import functional, losses, nn
 from .device_checks import check_device_targets
-from .engine import linear_row_loss, linear_row_stats, row_loss, row_stats
+from .engine import linear_row_stats, row_stats
 from .functional import cross_entropy, linear_cross_entropy
 from .kept_memory import keep_memory
 from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from .registry import BackendError, backends, explain, use_backend
+from .row_loss import linear_row_loss, row_loss
 from .statistics import RowStats
 
 __version__ = "0.1.0"

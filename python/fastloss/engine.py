@@ -1,8 +1,8 @@
-"""The rows engine as users call it: statistics of given logits or of a linear head, and any loss made of them."""
+"""The rows engine as users call it: statistics of given logits or of a linear head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,6 @@ from . import autograd
 from .autograd import Options
 from .contract import Want
 from .fused import pack
-from .separable import separable_loss
 from .statistics import RowStats
 
 _WANT = {
@@ -165,7 +164,7 @@ def linear_row_stats(
     grad_weight: a float32 [V, D] buffer (Megatron's main_grad) that the backward adds dW to, exactly, instead of
     leaving it in linear_weight.grad.
     """
-    h = _head(
+    h = head(
         input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
         shift,
     )  # fmt: skip
@@ -174,7 +173,7 @@ def linear_row_stats(
     return h.pack(*out)
 
 
-class _Head(NamedTuple):
+class Head(NamedTuple):
     """The checked operands of a linear head, rows flattened."""
 
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -188,11 +187,11 @@ class _Head(NamedTuple):
         )
 
 
-def _head(
+def head(
     input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, stats: Iterable[str],
     column_weight: Tensor | None, temperature: float | Tensor | None, ignore_index: int, logit_scale: float,
     softcap: float | None, shift: bool,
-) -> _Head:  # fmt: skip
+) -> Head:  # fmt: skip
     check_head(input, linear_weight, linear_bias)
     shape, vocab = input.shape[:-1], linear_weight.shape[0]
     rows = shape.numel()
@@ -202,7 +201,7 @@ def _head(
     warm = _temperature(temperature, want, rows, shape, input)
     o = options(ignore_index, want, logit_scale, softcap)
     x = input.reshape(rows, input.shape[-1])
-    return _Head((x, linear_weight, linear_bias, ids, prob, column_weight, warm), o, shape)
+    return Head((x, linear_weight, linear_bias, ids, prob, column_weight, warm), o, shape)
 
 
 def check_grad_weight(buffer: Tensor | None, weight: Tensor) -> None:
@@ -236,70 +235,3 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     devices = {t.device for t in (input, weight, bias) if t is not None}
     if len(devices) > 1:
         raise RuntimeError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
-
-
-def reduce_rows(rows: Tensor, stats: RowStats, reduction: str) -> Tensor:
-    """Ignored rows count nothing: 0 under "none", left out of the sum and the count otherwise."""
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
-    if rows.shape != stats.shape:
-        raise ValueError(f"a row loss returns one value a row, shape {tuple(stats.shape)}; got {tuple(rows.shape)}")
-    if stats.target is not None:
-        rows = torch.where(stats.valid, rows, 0.0)
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / stats.valid.sum()
-
-
-RowLoss = Callable[[RowStats], Tensor]
-
-
-def row_loss(
-    logits: Tensor, target: Tensor | None, loss: RowLoss, *, reduction: str = "mean", **stats_arguments: object
-) -> Tensor:
-    """loss(row_stats(logits, target, **stats_arguments)), reduced. `loss` maps RowStats to one value a row.
-
-    >>> focal = lambda s: (1 - s.logp.exp()) ** 2 * -s.logp
-    >>> fastloss.row_loss(logits, target, focal)  # doctest: +SKIP
-    """
-    s = row_stats(logits, target, **stats_arguments)  # type: ignore[arg-type]
-    return reduce_rows(loss(s), s, reduction)
-
-
-def linear_row_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | None,
-    loss: RowLoss,
-    *,
-    reduction: str = "mean",
-    separable: bool = False,
-    linear_bias: Tensor | None = None,
-    stats: Iterable[str] = (),
-    column_weight: Tensor | None = None,
-    temperature: float | Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    shift: bool = False,
-    max_extra_bytes: int | None = None,
-    grad_weight: Tensor | None = None,
-) -> Tensor:
-    """loss(linear_row_stats(input, linear_weight, target, ...)), reduced: `row_loss` without the logits.
-
-    separable=True says that each row's loss depends on that row's statistics alone and that `loss` closes over nothing
-    that needs a gradient: `loss` is then called for each chunk of rows and the gradients are made in the forward, three
-    GEMMs instead of four ("mean" and "sum" only, and not together with grad_weight).
-    """
-    h = _head(
-        input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
-        shift,
-    )  # fmt: skip
-    limit = extra_bytes(max_extra_bytes)
-    if separable and (reduction not in ("mean", "sum") or grad_weight is not None):
-        raise ValueError(f'separable=True takes reduction "mean" or "sum" and no grad_weight, got {reduction!r}')
-    if separable and torch.is_grad_enabled():
-        return separable_loss(h.operands, h.options, loss, reduction, limit)
-    check_grad_weight(grad_weight, linear_weight)
-    s = h.pack(*autograd.linear_row_stats(*h.operands, h.options, limit, grad_weight))
-    return reduce_rows(loss(s), s, reduction)

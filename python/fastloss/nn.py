@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,10 @@ from torch.nn import (
 )
 
 from . import functional
-from .spherical import SphericalLinear
+from .row_loss import RowFunction, check_reduction, linear_row_loss, row_loss
+
+if TYPE_CHECKING:
+    from .spherical import SphericalLinear
 
 __all__ = [
     "AdaptiveLogSoftmaxWithLoss",
@@ -54,6 +57,7 @@ __all__ = [
     "L1Loss",
     "LinearCrossEntropyLoss",
     "LinearCrossEntropyOptions",
+    "LinearRowLoss",
     "MSELoss",
     "MarginRankingLoss",
     "MultiLabelMarginLoss",
@@ -62,6 +66,7 @@ __all__ = [
     "NLLLoss",
     "NLLLoss2d",
     "PoissonNLLLoss",
+    "RowLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
     "SphericalLinear",
@@ -179,6 +184,42 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         )
 
 
+class RowLoss(torch.nn.Module):
+    """Any row loss on logits: `fastloss.row_loss(logits, target, loss, reduction=..., **arguments)`.
+
+    >>> criterion = fastloss.nn.RowLoss(fastloss.losses.generalized_cross_entropy, q=0.7)  # doctest: +SKIP
+    """
+
+    def __init__(self, loss: RowFunction, *, reduction: str = "mean", **arguments: Any) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.loss, self.reduction, self.arguments = loss, reduction, arguments
+
+    def forward(self, logits: Tensor, target: Tensor | None = None, **arguments: Any) -> Tensor:
+        """The loss of logits [..., V]; `arguments` of this call (a teacher, advantages) come on top of the module's."""
+        return row_loss(logits, target, self.loss, reduction=self.reduction, **{**self.arguments, **arguments})
+
+    def extra_repr(self) -> str:
+        """The loss, its reduction and its arguments."""
+        given = "".join(f", {name}={value!r}" for name, value in self.arguments.items())
+        return f"{getattr(self.loss, '__name__', self.loss)}, reduction={self.reduction!r}{given}"
+
+
+class LinearRowLoss(RowLoss):
+    """Any row loss on a linear head whose logits are never stored: `fastloss.linear_row_loss`."""
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, linear_weight: Tensor, target: Tensor | None = None, **arguments: Any
+    ) -> Tensor:
+        """The loss of features [..., D] under the head's weight [V, D]."""
+        arguments = {**self.arguments, **arguments}
+        return linear_row_loss(input, linear_weight, target, self.loss, reduction=self.reduction, **arguments)
+
+
 def __getattr__(name: str) -> Any:
     """Whatever else torch.nn has, so that swapping the import is always safe."""
+    if name == "SphericalLinear":  # on first use: it imports torch._dynamo, to be left alone by torch.compile
+        from .spherical import SphericalLinear
+
+        return SphericalLinear
     return getattr(torch.nn, name)

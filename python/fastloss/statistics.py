@@ -178,6 +178,15 @@ class RowStats:
         return self._counted(torch.logaddexp(rest, self._row(Stat.TARGET) / t))
 
     @property
+    def tempered_margin(self) -> Tensor:
+        """z_y / T - LSE of the other columns of z / T: the margin at the row's temperature."""
+        self._asked(Want.TEMPERED, "tempered_lse")
+        if self.soft or self.target is None or self.temperature is None:
+            raise ValueError("tempered_margin needs a target column and a temperature")
+        gap = self._row(Stat.TARGET) - self.reference_point
+        return gap / self.temperature.reshape(self.shape) - self._row(Stat.LOGSUM_T)
+
+    @property
     def max(self) -> Tensor:
         """The largest score; its gradient goes to the column `argmax`."""
         self._asked(Want.ARGMAX, "argmax")

@@ -15,6 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import catalogue
+
+_SOURCE = "de Brebisson and Vincent 2016, the spherical loss family"
+_SUMS = ("sum", "sumsq")
+
 
 class Moments(Protocol):
     """What these losses read of a row."""
@@ -37,7 +42,9 @@ class Moments(Protocol):
 
 def _check(stats: Any, **positive: float) -> None:
     if stats.soft or stats.target is None:
-        raise ValueError("spherical losses need class ids as target, got " + ("probabilities" if stats.soft else "none"))
+        raise ValueError(
+            "spherical losses need class ids as target, got " + ("probabilities" if stats.soft else "none")
+        )
     if getattr(stats, "column_weight", None) is not None:
         raise ValueError("spherical losses take the unweighted sum of the scores: pass no column_weight")
     for name, value in positive.items():
@@ -45,6 +52,13 @@ def _check(stats: Any, **positive: float) -> None:
             raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
+@catalogue.row(
+    formula="softplus(a (b - Z)) / a,  Z = (z_y - mu) / s,  s^2 = sum_j (z_j - mu)^2 / V + eps",
+    gradient="g = -sigma(a (b - Z)):  g ((1[j=y] - 1 / V) / s - Z (z_j - mu) / (V s^2))",
+    source="de Brebisson and Vincent 2016, Z-loss",
+    statistics=_SUMS,
+    published="variance as a difference of raw moments and divided by s + 1e-12; here about a reference point, guarded",
+)
 def z_normalized_loss(stats: Moments, *, a: float = 1.0, b: float = 0.0, eps: float = 1e-12) -> Tensor:
     """The Z-loss softplus(a (b - Z)) / a with Z = (z_y - mean(z)) / sqrt(variance(z) + eps), 0 on ignored rows.
 
@@ -57,12 +71,19 @@ def z_normalized_loss(stats: Moments, *, a: float = 1.0, b: float = 0.0, eps: fl
     return torch.where(stats.valid, -F.logsigmoid(-a * (b - z)) / a, 0.0)
 
 
+@catalogue.row(formula="sum_j z_j^2 - 2 z_y + 1", gradient="2 z_j - 2 [j=y]", source=_SOURCE, statistics=_SUMS)
 def one_hot_mse(stats: Moments) -> Tensor:
     """The squared error |z - onehot(y)|^2 = sum_j z_j^2 - 2 z_y + 1, 0 on ignored rows."""
     _check(stats)
     return torch.where(stats.valid, stats.sumsq - 2 * stats.target_logit + 1, 0.0)
 
 
+@catalogue.row(
+    formula="log sum_j t_j - log t_y,  t_j = 1 + z_j + z_j^2 / 2",
+    gradient="(1 + z_j) / sum_k t_k - 1[j=y] (1 + z_y) / t_y",
+    source=_SOURCE,
+    statistics=_SUMS,
+)
 def log_taylor_softmax(stats: Moments) -> Tensor:
     """-log of the Taylor softmax t_y / sum_j t_j with t_j = 1 + z_j + z_j^2 / 2, 0 on ignored rows."""
     _check(stats)
@@ -73,6 +94,12 @@ def log_taylor_softmax(stats: Moments) -> Tensor:
     return torch.where(stats.valid, whole - ((1 + stats.target_logit) ** 2 + 1).log(), 0.0)
 
 
+@catalogue.row(
+    formula="log sum_j (z_j^2 + eps) - log(z_y^2 + eps)",
+    gradient="2 z_j / sum_k (z_k^2 + eps) - 1[j=y] 2 z_y / (z_y^2 + eps)",
+    source=_SOURCE,
+    statistics=_SUMS,
+)
 def log_spherical_softmax(stats: Moments, *, eps: float = 1e-2) -> Tensor:
     """-log of the spherical softmax (z_y^2 + eps) / sum_j (z_j^2 + eps), 0 on ignored rows."""
     _check(stats, eps=eps)

@@ -1,0 +1,104 @@
+"""The catalogue of losses: what `row_loss` knows about a loss, and what docs/losses.md is generated from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Statistics = tuple[str, ...] | Callable[..., tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One loss: its function, and the sentences about it."""
+
+    name: str
+    function: Callable[..., Any]
+    formula: str
+    gradient: str
+    source: str
+    published: str
+    statistics: Statistics
+    rows: bool
+    temperature: str | None
+
+    def needs(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the statistics that the loss reads with these parameters, besides target logit and rest."""
+        return self.statistics(**parameters) if callable(self.statistics) else self.statistics
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Keyword parameters and their defaults."""
+        found = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
+
+
+_entries: dict[str, Entry] = {}
+_by_function: dict[Callable[..., Any], Entry] = {}
+
+
+def _register(entry: Entry) -> None:
+    if entry.name in _entries and _entries[entry.name].function.__module__ != entry.function.__module__:
+        raise ValueError(f"two losses are named {entry.name!r}: in {entry.function.__module__} and elsewhere")
+    _entries[entry.name] = _by_function[entry.function] = entry
+
+
+def row(
+    *, formula: str, gradient: str, source: str, statistics: Statistics = (), temperature: str | None = None,
+    published: str = "",
+) -> Callable[[Function], Function]:  # fmt: skip
+    """Register a row loss: a function of `RowStats` (first argument) and keyword parameters, one value a row.
+
+    statistics: the names to ask `row_stats` for besides the target logit and the LSE of the rest; a function of the
+    loss's keyword parameters where they depend on them. temperature: the parameter that is also the temperature of the
+    statistics. published: what the published code gets wrong and what is done here instead.
+    """
+
+    def register(function: Function) -> Function:
+        name = function.__name__
+        _register(Entry(name, function, formula, gradient, source, published, statistics, True, temperature))
+        return function
+
+    return register
+
+
+def entry(
+    *, formula: str, gradient: str, source: str, statistics: tuple[str, ...] = (), published: str = ""
+) -> Callable[[Function], Function]:
+    """Register any other loss or helper (of sequences, regions, per-sample losses): returned unchanged."""
+
+    def register(function: Function) -> Function:
+        name = function.__name__
+        _register(Entry(name, function, formula, gradient, source, published, statistics, False, None))
+        return function
+
+    return register
+
+
+def find(function: Callable[..., Any]) -> Entry | None:
+    """The entry of a registered function, or None: a user's own."""
+    return _by_function.get(function)
+
+
+def entries() -> tuple[Entry, ...]:
+    """All entries, by name."""
+    return tuple(_entries[name] for name in sorted(_entries))
+
+
+def split_arguments(loss: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments of the loss, arguments of the statistics) from what `row_loss` was given."""
+    accepted = list(inspect.signature(loss).parameters)[1:]  # the first is the statistics
+    own = {name: value for name, value in given.items() if name in accepted}
+    engine = {name: value for name, value in given.items() if name not in accepted}
+    known = find(loss)
+    if known is not None:
+        parameters = {**known.defaults, **own}
+        asked = engine.get("stats", ())
+        asked = (asked,) if isinstance(asked, str) else tuple(asked)
+        engine["stats"] = tuple(dict.fromkeys((*known.needs(parameters), *asked)))
+        if known.temperature is not None:
+            engine["temperature"] = parameters[known.temperature]
+    return own, engine

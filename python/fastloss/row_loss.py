@@ -1,0 +1,102 @@
+"""Any loss that is a function of `RowStats`, on logits or on a linear head, with a reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .engine import check_grad_weight, extra_bytes, head, row_stats
+from .losses import catalogue
+from .separable import separable_loss
+from .statistics import RowStats
+
+RowFunction = Callable[..., Tensor]
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError for a reduction that is none."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
+
+
+def reduce_rows(rows: Tensor, stats: RowStats, reduction: str) -> Tensor:
+    """Ignored rows count nothing: 0 under "none", left out of the sum and the count otherwise."""
+    check_reduction(reduction)
+    if rows.shape != stats.shape:
+        raise ValueError(f"a row loss returns one value a row, shape {tuple(stats.shape)}; got {tuple(rows.shape)}")
+    if stats.target is not None:
+        rows = torch.where(stats.valid, rows, 0.0)
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / stats.valid.sum()
+
+
+def row_loss(
+    logits: Tensor, target: Tensor | None, loss: RowFunction, *, reduction: str = "mean", **arguments: Any
+) -> Tensor:
+    """loss(row_stats(logits, target, ...), ...), reduced over the rows that count.
+
+    `loss` maps RowStats to one value a row: one of `fastloss.losses`, or the user's own. `arguments` are those of the
+    loss (by the names in its signature) and those of `row_stats`; a loss of `fastloss.losses` names the statistics and
+    the temperature that it needs by itself.
+
+    >>> focal = lambda s: (1 - s.logp.exp()) ** 2 * -s.logp
+    >>> fastloss.row_loss(logits, target, focal)  # doctest: +SKIP
+    >>> fastloss.row_loss(logits, target, fastloss.losses.focal, gamma=3.0)  # doctest: +SKIP
+    """
+    own, engine = catalogue.split_arguments(loss, arguments)
+    s = row_stats(logits, target, **engine)
+    return reduce_rows(loss(s, **own), s, reduction)
+
+
+def linear_row_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    loss: RowFunction,
+    *,
+    reduction: str = "mean",
+    separable: bool | None = None,
+    linear_bias: Tensor | None = None,
+    max_extra_bytes: int | None = None,
+    grad_weight: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """loss(linear_row_stats(input, linear_weight, target, ...), ...), reduced: `row_loss` without the logits.
+
+    separable=True says that each row's loss depends on that row's statistics alone and that `loss` closes over nothing
+    that needs a gradient: `loss` is then called for each chunk of rows and the gradients are made in the forward, three
+    GEMMs instead of four ("mean" and "sum" only, and not together with grad_weight). None: True for the row losses of
+    `fastloss.losses` whose parameters are numbers, where that can be, else False.
+    """
+    own, engine = catalogue.split_arguments(loss, arguments)
+    h = head(input, linear_weight, target, linear_bias, **_engine_arguments(**engine))
+    limit = extra_bytes(max_extra_bytes)
+    reducible = reduction in ("mean", "sum") and grad_weight is None
+    if separable is None:
+        known = catalogue.find(loss)
+        numbers = not any(isinstance(value, Tensor) for value in own.values())
+        separable = reducible and numbers and known is not None and known.rows
+    elif separable and not reducible:
+        raise ValueError(f'separable=True takes reduction "mean" or "sum" and no grad_weight, got {reduction!r}')
+
+    def rows(s: RowStats) -> Tensor:
+        return loss(s, **own)
+
+    if separable and torch.is_grad_enabled():
+        return separable_loss(h.operands, h.options, rows, reduction, limit)
+    check_grad_weight(grad_weight, linear_weight)
+    s = h.pack(*autograd.linear_row_stats(*h.operands, h.options, limit, grad_weight))
+    return reduce_rows(rows(s), s, reduction)
+
+
+def _engine_arguments(
+    *, stats: Iterable[str] = (), column_weight: Tensor | None = None, temperature: float | Tensor | None = None,
+    ignore_index: int = -100, logit_scale: float = 1.0, softcap: float | None = None, shift: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of `linear_row_stats` that are left, with its defaults; a name that is none raises TypeError."""
+    return locals()
