@@ -87,11 +87,12 @@ def one_hot_mse(stats: Moments) -> Tensor:
 def log_taylor_softmax(stats: Moments) -> Tensor:
     """-log of the Taylor softmax t_y / sum_j t_j with t_j = 1 + z_j + z_j^2 / 2, 0 on ignored rows."""
     _check(stats)
-    # t_j = ((1 + z_j)^2 + 1) / 2 is a sum of positive terms, where 1 + z_j + z_j^2 / 2 cancels for negative z_j; the same
-    # holds for their sum, written with mean and variance
+    # t_j = ((1 + z_j)^2 + 1) / 2 is a sum of positive terms, where 1 + z_j + z_j^2 / 2 cancels for negative z_j; so is
+    # their sum, written with mean and variance
     mean = stats.sum / stats.vocab
-    whole = math.log(stats.vocab) + (stats.variance.clamp_min(0.0) + (1 + mean) ** 2 + 1).log()
-    return torch.where(stats.valid, whole - ((1 + stats.target_logit) ** 2 + 1).log(), 0.0)
+    whole = stats.vocab * (stats.variance.clamp_min(0.0) + (1 + mean) ** 2 + 1)
+    # one log of the ratio: where t_y is nearly all, two logs of large numbers would cancel
+    return torch.where(stats.valid, (whole / ((1 + stats.target_logit) ** 2 + 1)).log(), 0.0)
 
 
 @catalogue.row(
@@ -104,4 +105,4 @@ def log_spherical_softmax(stats: Moments, *, eps: float = 1e-2) -> Tensor:
     """-log of the spherical softmax (z_y^2 + eps) / sum_j (z_j^2 + eps), 0 on ignored rows."""
     _check(stats, eps=eps)
     whole = stats.sumsq + stats.vocab * eps
-    return torch.where(stats.valid, whole.log() - (stats.target_logit**2 + eps).log(), 0.0)
+    return torch.where(stats.valid, (whole / (stats.target_logit**2 + eps)).log(), 0.0)

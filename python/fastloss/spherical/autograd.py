@@ -51,8 +51,9 @@ class Statistics(torch.autograd.Function):
         input, classes, counts = ctx.saved_tensors
         any_counts = counts.any(1)
         own, total, centred = upstream
+        x = torch.where(any_counts[:, None], layer.extended(input), 0.0)  # whatever stands in ignored rows
         gradient = Gradient(
-            layer.extended(input), classes, torch.where(counts, own, 0.0), torch.where(any_counts, total, 0.0),
+            x, classes, torch.where(counts, own, 0.0), torch.where(any_counts, total, 0.0),
             torch.where(any_counts, centred, 0.0),
         )  # fmt: skip
         needed = None

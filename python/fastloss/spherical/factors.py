@@ -175,9 +175,10 @@ class Factors:
         if many or not 1e-8 < float(target) < 1e8:
             return self.merge(self.u.clone(), self.omega.clone())
         if out.any():
-            axes, excess = left[:, out].to(self.v.dtype), (values[out] / target - 1).to(self.v.dtype)
-            for _, rows in self.blocks():
-                rows.addmm_((rows @ axes) * excess, axes.T)
+            axes, excess = left[:, out], values[out] / target - 1
+            for _, rows in self.blocks():  # in float64: TF32 would round all of W
+                wide = rows.to(axes.dtype)
+                rows.copy_(wide.addmm((wide @ axes) * excess, axes.T))
             values = torch.where(out, target, values)
             self.u.copy_((left * values) @ right)
         self.inverse.copy_((right.T / values) @ left.T)

@@ -87,7 +87,8 @@ class SphericalLinear(FactoredState):
         self.lr, self.weight_decay = lr, weight_decay
         self.ignore_index, self.accumulate = ignore_index, accumulate
         self.stabilize_period, self.process_group = stabilize_period, process_group
-        self.reset(torch.empty_like(self.v).normal_(0, std))
+        with torch.no_grad(), self.change():
+            self._restart(self.v.normal_(0, std))
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
@@ -97,13 +98,16 @@ class SphericalLinear(FactoredState):
                 f"weight must be floating, of shape {tuple(self.v.shape)}, got {weight.dtype} {tuple(weight.shape)}"
             )
         with self.change():
-            self.v.copy_(weight)
-            if self.process_group is not None:
-                broadcast(self.v, self.process_group)
-            self.u.copy_(torch.eye(self.u.shape[0]))
-            self.omega.zero_()
-            self.factors.refresh()
-            self.steps = 0
+            self._restart(self.v.copy_(weight))
+
+    def _restart(self, v: Tensor) -> None:
+        """The state that belongs to W = V."""
+        if self.process_group is not None:
+            broadcast(v, self.process_group)
+        self.u.copy_(torch.eye(self.u.shape[0]))
+        self.omega.zero_()
+        self.factors.refresh()
+        self.steps = 0
 
     # Training
 

@@ -75,8 +75,8 @@ class FactoredState(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredState:
         """Moves go through; a change of dtype does not, since the state needs the one it has."""
         self._check_nothing_pending()
-        for name, old in list(self._buffers.items()):
-            assert old is not None
+        for name in NAMES:
+            old: Tensor = getattr(self, name)
             new = fn(old)
             self._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
         self._own_stamp = self.stamp()
