@@ -60,7 +60,7 @@ def declare(op: str, defaults: tuple[Any, ...]) -> None:
 
 
 def _complete(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return args + _defaults[op][len(args) :]
+    return args + _defaults.get(op, ())[len(args) :]
 
 
 def forced() -> str | None:
@@ -84,6 +84,15 @@ def choose(op: str, *args: Any) -> str:
     Raises BackendError when the backend that was named cannot take these arguments.
     """
     return _find(op, _complete(op, args))[0]
+
+
+def able(op: str, *args: Any) -> bool:
+    """Whether some backend, or the one that was named, can run `op` on args."""
+    try:
+        _find(op, args)
+    except BackendError:
+        return False
+    return True
 
 
 def run(op: str, *args: Any) -> Any:

@@ -28,8 +28,7 @@ def reduce_rows(rows: Tensor, stats: RowStats, reduction: str) -> Tensor:
     check_reduction(reduction)
     if rows.shape != stats.shape:
         raise ValueError(f"a row loss returns one value a row, shape {tuple(stats.shape)}; got {tuple(rows.shape)}")
-    if stats.target is not None:
-        rows = torch.where(stats.valid, rows, 0.0)
+    rows = torch.where(stats.valid, rows, 0.0)
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.sum() / stats.valid.sum()

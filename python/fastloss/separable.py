@@ -16,8 +16,8 @@ from . import registry
 from .autograd import Options, _differentiate, forward_mode_active, functorch_active, keeps_graph, linear_row_stats
 from .chunked import Chunked, RowKernels
 from .contract import Needs
-from .fused import denominator, pack
-from .statistics import RowStats, coefficients, largest
+from .fused import denominator
+from .statistics import RowStats, coefficients, largest, pack
 
 Operands = Any  # the tuple x, w, bias, target, prob, column_weight, temperature
 

@@ -23,6 +23,11 @@ def scores(factors: Factors, x: Tensor, classes: Tensor) -> Tensor:
 
 def topk(factors: Factors, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores of each row of x [m, d] and their classes, best first. Holds about BLOCK scores at a time."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _topk(factors, x, k)
+
+
+def _topk(factors: Factors, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     mixed = (x @ factors.u.T).to(factors.v.dtype)
     values = mixed.new_empty(len(x), 0)
     classes = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
