@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import catalogue
 from ..losses.spherical import z_normalized_loss
 from ..row_loss import reduce_rows
 from . import prediction
@@ -22,8 +21,9 @@ from .statistics import SphericalStats
 
 #: A step after which U is worse conditioned than this (1 is best) is followed by `stabilize` at once.
 CONDITION = 8.0
-#: A step that would leave U worse conditioned than this is done on V U instead; rounding of V is amplified by it.
-WORST_CONDITION = {torch.float32: 1e3, torch.float64: 1e5}
+#: A step that would leave U worse conditioned than this is done on V U instead: an update of W is rounded in V at
+#: eps * condition * sqrt(in_features) of its size.
+WORST_CONDITION = {torch.float32: 30.0, torch.float64: 1e5}
 
 
 class SphericalLinear(FactoredState):
@@ -125,14 +125,8 @@ class SphericalLinear(FactoredState):
 
         In float32, or float64 for float64 input.
         """
-        accepted, unknown = catalogue.split_arguments(loss, loss_arguments)
-        unknown.pop("stats", None)  # every statistic that there is comes for free
-        if unknown:
-            raise TypeError(
-                f"{getattr(loss, '__name__', 'the loss')} takes no argument {', '.join(map(repr, unknown))}"
-            )
         stats = self.row_stats(input, target)
-        value = reduce_rows(loss(stats, **accepted), stats, reduction)  # type: ignore[arg-type]
+        value = reduce_rows(loss(stats, **loss_arguments), stats, reduction)  # type: ignore[arg-type]
         return value.to(torch.promote_types(input.dtype, torch.float32))
 
     @torch.compiler.disable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class SphericalStats:
     ignore_index: int
 
     soft = False  # the listed classes are ids, never probabilities
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"SphericalLinear does not compute {name!r}: its losses are functions of target_logit, sum, sumsq and variance"
+        )
 
     @property
     def shape(self) -> torch.Size:
