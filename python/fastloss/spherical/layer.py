@@ -97,6 +97,8 @@ class SphericalLinear(FactoredState):
             raise ValueError(
                 f"weight must be floating, of shape {tuple(self.v.shape)}, got {weight.dtype} {tuple(weight.shape)}"
             )
+        if not weight.isfinite().all():
+            raise ValueError("weight must be finite: one NaN would reach every class through the Gram matrix")
         with self.change():
             self._restart(self.v.copy_(weight))
 
