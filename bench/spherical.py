@@ -133,14 +133,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each half of the measurement")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="the JSON file; default: of today, under bench/results/MACHINE")
+    parser.add_argument(
+        "--out", type=Path, help="the JSON file; default: bench/results/MACHINE/spherical/DATE-COMMIT.json"
+    )
     parser.add_argument("--plot", type=Path, nargs="?", const=IMAGE, help="also draw; default docs/img/spherical.svg")
     options = parser.parse_args(arguments)
     run = measure(options.features, options.batch, sorted(options.classes), options.budget, options.rounds)
     now = datetime.datetime.now(datetime.timezone.utc)
     run["machine"] = {"name": machine(), "cpu": cpu_model(), "threads": torch.get_num_threads(), "device": DEVICE}
     run |= {"torch": torch.__version__, "commit": commit(), "datetime": now.isoformat(timespec="seconds")}
-    path = options.out or RESULTS / machine() / f"spherical-{now:%Y-%m-%d}-{commit()}.json"
+    path = options.out or RESULTS / machine() / "spherical" / f"{now:%Y-%m-%d}-{commit()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1) + "\n")
     print(table(run))

@@ -303,6 +303,27 @@ def test_ignored_entries_count_nothing() -> None:
     check_weights(head, dense)
 
 
+def test_a_users_loss_gets_nothing_of_ignored_entries() -> None:
+    """Even one that does not mask them, where their statistics are constants: no gradient, no step."""
+    head = layer()
+    dense = Dense(head)
+    x, y = minibatch(5, 2)
+    y[1], y[3, 0] = -100, -100
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    s = head.row_stats(mine, y)
+    (3 * s.target_logit.sum() + s.sum.sum() + s.variance.sum()).backward()
+    z = (theirs @ dense.weight.T)[[0, 2, 3, 4]]
+    listed = z.gather(1, y[[0, 2, 3, 4]].clamp_min(0))
+    keep = torch.ones_like(listed)
+    keep[2, 0] = 0
+    (3 * (listed * keep).sum() + z.sum() + z.var(1, unbiased=False).sum()).backward()
+    assert mine.grad is not None and theirs.grad is not None
+    assert relative(mine.grad, theirs.grad) <= 1e-10
+    head.step()
+    dense.step()
+    check_weights(head, dense)
+
+
 def test_all_ignored_and_empty_batches_move_nothing() -> None:
     head = layer()
     before = head.materialize()
