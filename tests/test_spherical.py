@@ -216,6 +216,16 @@ def test_a_step_that_makes_u_singular() -> None:
     train_both(head, dense, steps=5)
 
 
+def test_stabilize_comes_with_its_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(factors.Factors, "stabilize", lambda self: seen.append(head.steps))
+    head = layer(stabilize_period=3)
+    for _ in range(7):
+        backward(head)
+        head.step()
+    assert seen == [3, 6]
+
+
 def test_statistics_are_those_of_the_scores() -> None:
     """And differentiable in any combination, which a user's own loss may need; target lists of any leading shape."""
     head = layer()
