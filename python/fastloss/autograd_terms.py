@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, reference_terms  # noqa: F401  (ops registers what torch.ops.fastloss holds)
-from .autograd import _differentiate, batched, forward_mode_active, functorch_active
-from .contract import Term, TermStat, Want
+from .autograd import _differentiate, _needs, batched, forward_mode_active, functorch_active
+from .contract import Needs, Term, TermStat, Want
 from .reference import scores
 from .term_statistics import EXCHANGED, exchanged, exchanged_stats, teacher_coefficients, term_coefficients
+
+if TYPE_CHECKING:
+    from .wide import Asked
 
 _ops = torch.ops.fastloss
 
@@ -154,3 +157,105 @@ def row_terms(logits: Tensor, operands: TermOperands, o: TermOptions) -> tuple[T
         return reference_terms.terms(logits, *operands, *o)  # type: ignore[arg-type]
     function = _RowTermsFunctorch if functorch_active() else _RowTerms
     return function.apply(logits, teacher, temperature, listed, value, subset, o)
+
+
+# ---------------------------------------------------------------------------------------------- linear head, mode R
+
+
+class _LinearOptions(NamedTuple):
+    options: TermOptions
+    teacher_scale: float
+    teacher_softcap: float
+    limit: int
+
+
+def _linear_forward(
+    x: Tensor, w: Tensor, bias: Tensor | None, teacher: Tensor | None, temperature: Tensor | None,
+    listed: Tensor | None, value: Tensor | None, subset: Tensor | None, teacher_x: Tensor | None,
+    teacher_w: Tensor | None, teacher_bias: Tensor | None, o: _LinearOptions,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    stats, argmax = _ops.linear_row_terms.default(
+        x, w, bias, teacher_x, teacher_w, teacher_bias, listed, teacher, value, subset, temperature, *o.options, *o[1:]
+    )
+    return stats, largest(stats, o.options.want), argmax
+
+
+def _teacher_scores(
+    teacher: Tensor | None, x: Tensor | None, w: Tensor | None, bias: Tensor | None, o: _LinearOptions
+) -> Tensor | None:
+    if x is None or w is None:
+        return teacher
+    return scores(torch.nn.functional.linear(x, w, bias), o.teacher_scale, o.teacher_softcap)
+
+
+def _linear_backward(ctx: Any, g_stats: Tensor | None, g_top: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    x, w, bias, teacher, temperature, listed, value, subset, t_x, t_w, t_bias, stats, argmax = ctx.saved_tensors
+    o: _LinearOptions = ctx.options
+    options = o.options
+    nothing = (None,) * 7
+    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(g_stats)):
+
+        def compose(
+            x: Tensor, w: Tensor, bias: Tensor | None, teacher: Tensor | None, temperature: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            z, t = torch.nn.functional.linear(x, w, bias), _teacher_scores(teacher, t_x, t_w, t_bias, o)
+            return reference_terms.terms(z, listed, t, value, subset, temperature, *options)[:2]
+
+        grads = (g_stats, g_top if len(argmax) else None)
+        return *_differentiate(compose, (x, w, bias, teacher, temperature), grads), *nothing
+    g_stats = torch.zeros_like(stats) if g_stats is None else g_stats
+    needs = _needs(ctx.needs_input_grad)
+    d_teacher = d_temperature = None
+    dx = dw = db = x.new_empty(0)
+    if needs:
+        coef = term_coefficients(g_stats, g_top, stats, temperature, options.want, options.term)
+        dx, dw, db = _ops.linear_row_terms_backward.default(
+            coef, stats, argmax, x, w, bias, t_x, t_w, t_bias, listed, teacher, value, subset, temperature, *options,
+            o.teacher_scale, o.teacher_softcap, needs, o.limit,
+        )  # fmt: skip
+    if ctx.needs_input_grad[3]:  # the teacher's logits are stored, so the student's may be
+        z = torch.nn.functional.linear(x, w, bias)
+        d_teacher = teacher_gradient(g_stats, stats, z, listed, teacher, temperature, options)
+    if ctx.needs_input_grad[4]:
+        d_temperature = temperature_gradient(g_stats, stats, temperature, options.want).to(temperature.dtype)
+    return (
+        dx if needs & Needs.INPUT else None,
+        dw if needs & Needs.WEIGHT else None,
+        db if needs & Needs.BIAS else None,
+        d_teacher,
+        d_temperature,
+        *nothing,
+    )
+
+
+class _LinearRowTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out = _linear_forward(*args)
+        _setup(ctx, args, out)
+        return out
+
+    backward = staticmethod(_linear_backward)
+
+
+class _LinearRowTermsFunctorch(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(_linear_forward)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_linear_backward)
+
+
+def linear_row_terms(
+    x: Tensor, w: Tensor, bias: Tensor | None, asked: Asked, limit: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(stats [17 + K, N], top, argmax) of x wᵀ + bias, differentiable; the logits are made again in the backward."""
+    listed, teacher, value, subset, temperature = asked.operands
+    check_teacher(asked.options.term, teacher, asked.options.want)
+    t_x, t_w, t_bias, scale, softcap = asked.head or (None, None, None, 1.0, None)
+    o = _LinearOptions(asked.options, scale, softcap or 0.0, limit)
+    if forward_mode_active():
+        t = _teacher_scores(teacher, t_x, t_w, t_bias, o)
+        z = torch.nn.functional.linear(x, w, bias)
+        return reference_terms.terms(z, listed, t, value, subset, temperature, *o.options)  # type: ignore[arg-type]
+    function = _LinearRowTermsFunctorch if functorch_active() else _LinearRowTerms
+    return function.apply(x, w, bias, teacher, temperature, listed, value, subset, t_x, t_w, t_bias, o)

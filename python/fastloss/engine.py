@@ -12,7 +12,7 @@ from . import autograd, autograd_terms
 from .autograd import Options
 from .contract import Want
 from .statistics import RowStats, pack
-from .terms import HLGauss, RowTerm
+from .terms import HLGauss, RowTerm, TeacherHead
 from .wide import Asked, Wide, ask
 
 _WANT = {
@@ -192,53 +192,72 @@ def linear_row_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     shift: bool = False,
+    listed: Tensor | None = None,
+    teacher: Tensor | TeacherHead | None = None,
+    term: RowTerm | None = None,
+    subset: Tensor | None = None,
+    generated: HLGauss | None = None,
     max_extra_bytes: int | None = None,
     grad_weight: Tensor | None = None,
 ) -> RowStats:
     """`row_stats` of logits = input linear_weightᵀ + linear_bias, which are never stored; made again in the backward.
 
     input: [..., D]. linear_weight: [V, D]. linear_bias: [V]. max_extra_bytes bounds the logits held at a time.
+    teacher: logits, or a `TeacherHead` whose logits are never stored either (and which gets no gradient).
     grad_weight: a float32 [V, D] buffer (Megatron's main_grad) that the backward adds dW to, exactly, instead of
-    leaving it in linear_weight.grad.
+    leaving it in linear_weight.grad; not with a teacher, listed columns, a subset or a trained temperature.
     """
+    wide = Wide(listed, teacher, term, subset, generated)
     h = head(
         input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
-        shift,
+        shift, wide,
     )  # fmt: skip
     check_grad_weight(grad_weight, linear_weight)
-    out = autograd.linear_row_stats(*h.operands, h.options, extra_bytes(max_extra_bytes), grad_weight)
-    return h.pack(*out)
+    return h.stats(extra_bytes(max_extra_bytes), grad_weight)
 
 
 class Head(NamedTuple):
-    """The checked operands of a linear head, rows flattened."""
+    """The checked operands of a linear head, rows flattened; `asked` where `row_terms` serves it."""
 
-    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    x: Tensor
+    w: Tensor
+    bias: Tensor | None
+    row: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # target, prob, column_weight, temperature
     options: Options
     shape: torch.Size
+    asked: Asked | None
 
-    def pack(self, stats: Tensor, top: Tensor, argmax: Tensor) -> RowStats:
-        _, w, _, ids, prob, column_weight, warm = self.operands
-        return pack(
-            stats, top, argmax, ids, prob is not None, w.shape[0], self.options, column_weight, warm, self.shape
-        )
+    def stats(self, limit: int, grad_weight: Tensor | None) -> RowStats:
+        """The statistics, by mode R."""
+        if self.asked is not None:
+            if grad_weight is not None:
+                raise ValueError(
+                    "grad_weight goes with a target alone: no teacher, list, subset or trained temperature"
+                )
+            return self.asked.pack(*autograd_terms.linear_row_terms(self.x, self.w, self.bias, self.asked, limit))
+        ids, prob, column_weight, warm = self.row
+        out = autograd.linear_row_stats(self.x, self.w, self.bias, *self.row, self.options, limit, grad_weight)
+        return pack(*out, ids, prob is not None, self.w.shape[0], self.options, column_weight, warm, self.shape)
 
 
 def head(
     input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, stats: Iterable[str],
     column_weight: Tensor | None, temperature: float | Tensor | None, ignore_index: int, logit_scale: float,
-    softcap: float | None, shift: bool,
+    softcap: float | None, shift: bool, wide: Wide,
 ) -> Head:  # fmt: skip
+    """Check what `linear_row_stats` was given."""
     check_head(input, linear_weight, linear_bias)
     shape, vocab = input.shape[:-1], linear_weight.shape[0]
     rows = shape.numel()
     want = want_flags(stats)
     check_rows(input, vocab, target, column_weight)
     ids, prob = split_target(target, rows, vocab, shape, shift, ignore_index)
+    want, temperature = wide.simplify(want, temperature)
     warm = _temperature(temperature, want, rows, shape, input)
     o = options(ignore_index, want, logit_scale, softcap)
+    asked = asks_wide(wide, warm, o, input, vocab, shape, ids, prob, column_weight)
     x = input.reshape(rows, input.shape[-1])
-    return Head((x, linear_weight, linear_bias, ids, prob, column_weight, warm), o, shape)
+    return Head(x, linear_weight, linear_bias, (ids, prob, column_weight, warm), o, shape, asked)
 
 
 def check_grad_weight(buffer: Tensor | None, weight: Tensor) -> None:
