@@ -83,11 +83,13 @@ from .router import dynmole_entropy, dynmole_load_balance, dynmole_routing, load
 from .sequences import approximate_likelihood, chunk_logp, edit_invariant, target_logp
 from .simplex import soft_top_k, sparse_projection
 from .sparse_distillation import plackett_luce, plackett_luce_order, sparse_forward_kl
+from .spherical import Moments, log_spherical_softmax, log_taylor_softmax, one_hot_mse, z_normalized_loss
 from .values import bin_centres, bin_readout, hl_gauss, two_hot, two_hot_columns
 
 __all__ = [
     "AdaptiveLambda",
     "EarlyLearningTargets",
+    "Moments",
     "Operands",
     "adaptive_focal",
     "aggregate",
@@ -156,6 +158,8 @@ __all__ = [
     "ldr_kl",
     "load_balance",
     "log_cosh",
+    "log_spherical_softmax",
+    "log_taylor_softmax",
     "logistic",
     "logit_margin",
     "loss_reweighted",
@@ -172,6 +176,7 @@ __all__ = [
     "mobius_add",
     "multi_sample_dropout",
     "normalized_cross_entropy",
+    "one_hot_mse",
     "operands",
     "opmd",
     "opmd_advantage",
@@ -224,4 +229,5 @@ __all__ = [
     "two_hot_columns",
     "unlikelihood",
     "weak_to_strong_confidence",
+    "z_normalized_loss",
 ]
