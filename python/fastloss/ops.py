@@ -143,5 +143,12 @@ _define(
     f"row_terms_backward({_SAVED}, Tensor logits, {_TERMS}) -> Tensor",
     lambda coef, stats, argmax, logits, *_: _dense(logits),
 )
+_define(
+    "row_sample(Tensor logits, Tensor seed, Tensor streams, float scale=1.0, float softcap=0.0) -> (Tensor, Tensor)",
+    lambda logits, *_: (
+        logits.new_empty(logits.shape[0], dtype=torch.int64),
+        logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32)),
+    ),
+)
 
-from . import backend_cpp, backend_cuda, backend_reference, backend_triton  # noqa: E402,F401  (they register their kernels)
+from . import backend_cpp, backend_cuda, backend_reference, backend_triton, sampling  # noqa: E402,F401  (they register their kernels)
