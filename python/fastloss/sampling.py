@@ -106,8 +106,7 @@ def check_noise(logits: Tensor, seed: Tensor, streams: Tensor) -> None:
     for name, t, numbers in (("seed", seed, 1), ("streams", streams, logits.shape[0])):
         if t.dtype != torch.int64 or t.numel() != numbers or t.device != logits.device:
             raise ValueError(
-                f"{name} must hold {numbers} torch.int64 on {logits.device}, "
-                f"got {t.numel()} {t.dtype} on {t.device}"
+                f"{name} must hold {numbers} torch.int64 on {logits.device}, got {t.numel()} {t.dtype} on {t.device}"
             )
 
 

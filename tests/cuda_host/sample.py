@@ -71,7 +71,9 @@ def gumbel(seed: int, stream: int, v: int) -> NDArray[np.float64]:
     blocks = np.arange((v + 3) // 4)
 
     def words(half: int) -> NDArray[np.float64]:
-        counter = np.stack([blocks, blocks * 0 + half, blocks * 0 + (stream & 0xFFFFFFFF), blocks * 0 + (stream >> 32)], -1)
+        counter = np.stack(
+            [blocks, blocks * 0 + half, blocks * 0 + (stream & 0xFFFFFFFF), blocks * 0 + (stream >> 32)], -1
+        )
         return philox(counter.astype(np.uint64), seed).reshape(-1)[:v].astype(np.float64)
 
     bits, more = words(0), words(1)
@@ -138,7 +140,9 @@ def judge(case: Case, what: str, logits: Any, stream: int, index: int, logp: Any
         return
     key = z + gumbel(case.seed, stream, case.v)
     assert 0 <= index < case.v, f"{what}: drew {index}"
-    assert key[index] >= np.max(key) - 5e-6, f"{what}: drew {index} of key {key[index]}, not {np.argmax(key)} of {np.max(key)}"
+    assert key[index] >= np.max(key) - 5e-6, (
+        f"{what}: drew {index} of key {key[index]}, not {np.argmax(key)} of {np.max(key)}"
+    )
     close(f"{what} log p", logp, z[index] - lse, 3e-6 * (1 + abs(z[index] - lse)) + (1e-5 if case.softcap else 0))
 
 

@@ -2,5 +2,6 @@
 
 from . import catalogue
 from .cross_entropy import cross_entropy
+from .electra import electra_replace, replaced_token_detection
 
-__all__ = ["catalogue", "cross_entropy"]
+__all__ = ["catalogue", "cross_entropy", "electra_replace", "replaced_token_detection"]
