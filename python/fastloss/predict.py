@@ -21,7 +21,7 @@ class Sampled(NamedTuple):
     index is -1 and logp NaN where there is no distribution: all scores of the row -inf, or one of them NaN or +inf.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # not tuple.index
     logp: Tensor
 
 
