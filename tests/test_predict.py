@@ -219,7 +219,9 @@ def test_chunks_and_threads_do_not_matter() -> None:
 def test_argmax_and_topk(dtype: torch.dtype) -> None:
     x, w, b = head(dtype=dtype)
     z = torch.addmm(b, x, w.T)
-    assert torch.equal(fastloss.linear_argmax(x, w, linear_bias=b, max_extra_bytes=10_000), z.argmax(-1))
+    slack = 0.0 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps * z.abs().max()  # of another GEMM
+    column = fastloss.linear_argmax(x, w, linear_bias=b, max_extra_bytes=10_000)
+    assert (z.gather(1, column[:, None])[:, 0] >= z.amax(-1) - slack).all()
     values, indices = fastloss.linear_topk(x, w, 9, linear_bias=b, max_extra_bytes=10_000)
     wide = values.dtype
     exact = dtype != torch.bfloat16  # in which many logits are equal, and another GEMM rounds them otherwise

@@ -61,7 +61,7 @@ def row_sample_kernel(
         z = tl.where(logit < LOWEST, NEG_INF, z)  # neither a cap nor a negative scale brings the column back
         top = tl.maximum(m, tl.max(z, 0))
         ref = finite(top)
-        total = total * exp(finite(m) - ref) + exp(z - ref)
+        total = total * exp(m - ref) + exp(z - ref)
         m = top
         bits = words(key, stream, begin // 4, 0, BLOCK)
         more = tl.zeros((BLOCK,), tl.uint32)
@@ -98,7 +98,7 @@ def merge_sample_kernel(part, part_index, index, logp, N, splits, SPLITS: tl.con
     gumbel = tl.load(at + 3 * size, mask=keep, other=0.0)
     column = tl.load(part_index + wide(split) * N + row, mask=keep, other=-1)
     ref = finite(tl.max(m, 0))
-    total = tl.sum(total * exp(finite(m) - ref), 0)
+    total = tl.sum(total * exp(m - ref), 0)
     lead = tl.where(column < 0, NEG_INF, (score - ref) + gumbel)
     best = (lead == tl.max(lead, 0)) & (column >= 0)
     winner = tl.min(tl.where(best, column, 2147483647), 0)
