@@ -6,10 +6,12 @@ import ctypes
 from pathlib import Path
 
 import pytest
+import torch
 
 from cuda_host import build
 from cuda_host.rows import CODES, Limits
-from cuda_host.sample import Case, CRowSample, run, small_cases
+from cuda_host.sample import Case, CRowSample, Plan, run, small_cases
+from sampling import tail_rows
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"CUDA on the host: {build.why_not()}")
 H200 = Limits(132, 8, 227 << 10, 228 << 10)
@@ -55,9 +57,13 @@ def test_as_launched(device: Limits, v: int) -> None:
     run(build.build(), Case(v, "bf16", ("plain", "flat")), limits=device)
 
 
-def test_the_tail_has_more_than_32_bits(library: Path) -> None:
-    """Columns whose first 32 bits lie below 2^16: about one of 65536, and the likeliest to be drawn from a flat row."""
-    run(library, Case(70001, "bf16", ("flat",) * 4, threads=256))
+def test_the_tail_has_64_bits(library: Path) -> None:
+    logits, seed, streams, drawn = tail_rows()
+    index, logp = torch.empty(2, dtype=torch.int64), torch.empty(2)
+    addresses = (t.data_ptr() for t in (logits, seed, streams, index, logp))
+    call, plan = CRowSample(*addresses, 2, 64, 64, CODES["fp32"], 1.0, 0.0), Plan(64, 1, 2)
+    assert build.load(library).c_sample(ctypes.byref(call), ctypes.byref(plan)) is None
+    assert torch.equal(index, drawn)
 
 
 def test_what_it_does_not_take() -> None:
