@@ -47,6 +47,7 @@ from .distillation import (
     teacher_cross_entropy,
     total_variation,
 )
+from .electra import electra_replace, replaced_token_detection
 from .entropy import brier, confidence_penalty, entropy_bonus, lse_penalty, max_entropy, tsallis_entropy
 from .focal import adaptive_focal, focal, unlikelihood
 from .kl import kl_corrected_k3, kl_k1, kl_k2, kl_k3, kl_low_var
@@ -126,6 +127,7 @@ __all__ = [
     "dynmole_routing",
     "early_learning",
     "edit_invariant",
+    "electra_replace",
     "ensemble_loss",
     "entropy_bonus",
     "exponential_map",
@@ -199,6 +201,7 @@ __all__ = [
     "rec",
     "rec_advantage",
     "region_bce",
+    "replaced_token_detection",
     "repri",
     "reverse_kl",
     "router_z_loss",
