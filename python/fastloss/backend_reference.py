@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import reference
+from . import reference, reference_pointwise  # noqa: F401  (it registers its ops)
 from .chunked import Chunked, RowKernels
 from .registry import kernel
 
