@@ -216,6 +216,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_cuda", [](uintptr_t x, int dtype, int64_t n, uintptr_t factor, int device, uintptr_t stream) {
     scale_cuda(pointer<void>(x), dtype, n, pointer<float>(factor), device, pointer<void>(stream));
   });
+  m.attr("MOST_PARTIALS") = kMostPartials;
   m.def("pointwise_loss_cuda",
         [](const Operand &input, const Operand &target, const Operand &weight, const Operand &pos_weight,
            const Operand &upstream, uintptr_t loss, const Operand &values, const Operand &dinput, int64_t n, int kind,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from fastloss.triton_kernels import common, linear_row_stats_kernels, row_stats_kernels, scale
+from fastloss.triton_kernels import common, linear_row_stats_kernels, pointwise_loss, row_stats_kernels, scale
 from fastloss.triton_kernels.linear_row_stats import GROUP, Tile, count_extras, default_tile
 from fastloss.triton_kernels.row_stats import cross_entropy_block, gradient_block, statistics_block
 from triton.backends.compiler import GPUTarget
@@ -24,9 +24,17 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
 
 DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz"}
+DATA |= {"input", "labels", "weight", "pos_weight", "upstream", "values", "dinput"}
 INT64 = {"target", "argmax"}
-FLOAT = {"scale", "cap"}
-NEVER_ALIGNED = {"N", "splits", "ignore_index", "first_column"}  # do_not_specialize
+FLOAT = {"scale", "cap", "share"}
+NEVER_ALIGNED = {
+    "N",
+    "splits",
+    "ignore_index",
+    "first_column",
+    "weight_period",
+    "pos_weight_period",
+}  # do_not_specialize
 
 
 class Case(NamedTuple):
@@ -66,6 +74,11 @@ def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         return common.merge_kernel, dict(WANT=case.want, SOFT=False, BLOCK=128), dict(num_warps=4)
     if case.kernel == "scale":
         return scale.scale_kernel, dict(BLOCK=scale.BLOCK), dict(num_warps=8)
+    if (
+        case.kernel == "pointwise"
+    ):  # `want` is the kind of loss; weights that are repeated, an upstream gradient for each
+        meta = dict(WEIGHT=2, POS_WEIGHT=1, KIND=case.want, EACH=True, UNLESS_ONE=False, BLOCK=pointwise_loss.BLOCK)
+        return pointwise_loss.pointwise_kernel, meta, dict(num_warps=pointwise_loss.WARPS)
     if case.kernel in ("linear_stats", "linear_gradient"):
         kernels = linear_row_stats_kernels
         kernel = kernels.linear_row_stats_kernel if case.kernel == "linear_stats" else kernels.linear_gradient_kernel
@@ -99,7 +112,8 @@ def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
         elif (
             name[0].isupper()
             or name.startswith("stride")
-            or name in ("splits", "ignore_index", "first_column", "width", "count")
+            or name
+            in ("splits", "ignore_index", "first_column", "width", "count", "weight_period", "pos_weight_period")
         ):
             signature[name] = "i32"
         else:

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kBlock = 1024;        // elements in L1 at a time, summed in fp32 lanes
 constexpr int64_t kPart = 16 * kBlock;  // summed in double, by one thread: sums do not depend on the number of threads
+constexpr int64_t kSerial = 1 << 15;    // elements that are not worth waking a second thread
 constexpr int64_t kStreamed = 16 << 20; // bytes of a result that would push everything else out of the cache
 
 int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
@@ -71,7 +72,7 @@ public:
   void run() {
     const int64_t parts = (args_.n + kPart - 1) / kPart;
     std::vector<double> sums(static_cast<size_t>(parts));
-    const int threads = int(std::min<int64_t>(omp_get_max_threads(), parts));
+    const int threads = args_.n <= kSerial ? 1 : int(std::min<int64_t>(omp_get_max_threads(), parts));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < parts; ++i) sums[size_t(i)] = part(i * kPart, std::min(args_.n, (i + 1) * kPart));
     double sum = 0;

@@ -39,4 +39,9 @@ void row_stats_cuda(const RowStats &, int device, void *stream);
 // x[0..n) *= *factor in place, a number on the device; where it is 1, nothing is read or written.
 void scale_cuda(void *x, int dtype, int64_t n, const float *factor, int device, void *stream);
 
+// A block has one sum: more blocks than this are never launched.
+constexpr int kMostPartials = 2048;
+// A target in float32 or in the dtype of the input; values in the wider of the two.
+void pointwise_loss_cuda(const PointwiseLoss &, int device, void *stream);
+
 } // namespace fastloss

@@ -45,3 +45,17 @@ def row_stats_cuda(
     upstream: int,
 ) -> None: ...  # fmt: skip
 def scale_cuda(x: int, dtype: int, n: int, factor: int, device: int, stream: int) -> None: ...
+
+MOST_PARTIALS: int
+
+_Elements = tuple[int, int, int]
+
+def pointwise_loss_cpu(
+    input: _Elements, target: _Elements, weight: _Elements, pos_weight: _Elements, upstream: _Elements, loss: int,
+    values: _Elements, dinput: _Elements, n: int, kind: int, share: float, isa: int, /,
+) -> None: ...  # fmt: skip
+def pointwise_loss_cuda(
+    input: _Elements, target: _Elements, weight: _Elements, pos_weight: _Elements, upstream: _Elements, loss: int,
+    values: _Elements, dinput: _Elements, n: int, kind: int, share: float, partial: int, unless_one: bool, device: int,
+    stream: int, /,
+) -> None: ...  # fmt: skip

@@ -49,12 +49,13 @@ rows = CompiledRows(_launch, lambda x: kept_memory.empty(x.shape, x.dtype))
 chunked = register("cpp", rows, _missing, check_targets)
 
 
-
 def _launch_pointwise(input: Tensor, *args: Any) -> None:
     _C.pointwise_loss_cpu(*args, ISA)  # type: ignore[union-attr]
 
 
-CompiledPointwise(_launch_pointwise, lambda shape, dtype, device: kept_memory.empty(shape, dtype)).register("cpp", _missing)
+CompiledPointwise(_launch_pointwise, lambda shape, dtype, device: kept_memory.empty(shape, dtype)).register(
+    "cpp", _missing
+)
 
 
 def why_not_head(

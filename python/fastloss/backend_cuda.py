@@ -72,6 +72,6 @@ def _launch_pointwise(input: Tensor, *args: Any, unless_one: bool = False) -> No
     _C.pointwise_loss_cuda(*args, partial.data_ptr(), unless_one, device, stream)  # type: ignore[union-attr]
 
 
-CompiledPointwise(_launch_pointwise, lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)).register(
-    "cuda", _missing
-)
+CompiledPointwise(
+    _launch_pointwise, lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
+).register("cuda", _missing)

@@ -1,7 +1,8 @@
 """Drop-in losses: every loss of torch.nn.functional under its own name and signature.
 
-`cross_entropy`, `linear_cross_entropy`, and those of pointwise.py run on fastloss kernels; the other names are torch's own functions. What no
-kernel takes goes to PyTorch, never to an error, so that swapping the import is always safe.
+`cross_entropy` and `linear_cross_entropy` run on fastloss kernels, and so do the losses of pointwise.py; the other names
+are torch's own functions. What no kernel takes goes to PyTorch, never to an error, so that swapping the import is always
+safe.
 """
 
 from __future__ import annotations

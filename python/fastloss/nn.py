@@ -1,6 +1,7 @@
 """Drop-in loss modules: every loss of torch.nn under its own name and constructor.
 
-`CrossEntropyLoss`, `LinearCrossEntropyLoss`, `BCEWithLogitsLoss` and `KLDivLoss` run on fastloss kernels; the other names are torch's own classes.
+`CrossEntropyLoss`, `LinearCrossEntropyLoss`, `BCEWithLogitsLoss` and `KLDivLoss` run on fastloss kernels; the other names
+are torch's own classes.
 """
 
 from __future__ import annotations

@@ -137,14 +137,10 @@ def _pointwise_loss_fake(
 
 
 _ELEMENTS = "Tensor input, Tensor labels, Tensor? weight=None, Tensor? pos_weight=None, int kind=0, float share=1.0"
-_define(
-    f"pointwise_loss({_ELEMENTS}, bool reduce=True, bool gradient=False) -> (Tensor, Tensor)", _pointwise_loss_fake
-)
+_define(f"pointwise_loss({_ELEMENTS}, bool reduce=True, bool gradient=False) -> (Tensor, Tensor)", _pointwise_loss_fake)
 _define(  # upstream: one number, or one for each element
     f"pointwise_loss_backward(Tensor upstream, {_ELEMENTS}) -> Tensor", lambda upstream, input, *_: _dense(input)
 )
-_define(
-    f"pointwise_loss_backward_unless_one_(Tensor(a!) dinput, Tensor upstream, {_ELEMENTS}) -> ()", lambda *_: None
-)
+_define(f"pointwise_loss_backward_unless_one_(Tensor(a!) dinput, Tensor upstream, {_ELEMENTS}) -> ()", lambda *_: None)
 
 from . import backend_cpp, backend_cuda, backend_reference, backend_triton  # noqa: E402,F401  (they register their kernels)

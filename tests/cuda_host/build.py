@@ -80,7 +80,11 @@ def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | 
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         made = Path(work) / "made"
-        kind = ["-fPIC", "-shared", f"{work}/row_stats.cu", f"{work}/scale.cu"] if program is None else []
+        kind = (
+            ["-fPIC", "-shared", *(f"{work}/{name}.cu" for name in ("row_stats", "scale", "pointwise_loss"))]
+            if program is None
+            else []
+        )
         warnings = "-Wall -Wextra -Wno-unused -Wno-unknown-pragmas".split()
         # Without gnu-unique every library has its own emulator, however many one process loads.
         command = [
@@ -105,13 +109,15 @@ def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | 
 def load(path: Path) -> ctypes.CDLL:
     """The library, with the types of what it returns."""
     library = ctypes.CDLL(str(path))
-    for name in ("c_launch", "c_run", "c_scale", "c_why_not"):
+    for name in ("c_launch", "c_run", "c_scale", "c_why_not", "c_pointwise"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
 
-def run_sanitized(variant: str, library: Path, *arguments: str, order: str = "asc") -> tuple[int, str]:
-    """Runs `python -m cuda_host.rows LIBRARY ARGUMENTS` with the sanitizer's runtime preloaded: python itself has none."""
+def run_sanitized(
+    variant: str, library: Path, *arguments: str, order: str = "asc", module: str = "rows"
+) -> tuple[int, str]:
+    """Runs `python -m cuda_host.MODULE LIBRARY ARGUMENTS` with the sanitizer's runtime preloaded: python itself has none."""
     found = subprocess.run(["g++", f"-print-file-name=lib{variant}.so"], capture_output=True, text=True, check=True)
     env = {
         **os.environ,
@@ -122,6 +128,6 @@ def run_sanitized(variant: str, library: Path, *arguments: str, order: str = "as
         "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_thread_leaks=0",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "cuda_host.rows", str(library), *arguments]
+    command = [sys.executable, "-m", f"cuda_host.{module}", str(library), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr

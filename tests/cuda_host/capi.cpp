@@ -37,5 +37,9 @@ const char *c_scale(void *x, int dtype, int64_t n, const float *factor, const fa
   limits = *device;
   return guard([&] { fastloss::scale_cuda(x, dtype, n, factor, 0, nullptr); });
 }
+const char *c_pointwise(const fastloss::PointwiseLoss *p, const fastloss::DeviceLimits *device) {
+  limits = *device;
+  return guard([&] { fastloss::pointwise_loss_cuda(*p, 0, nullptr); });
+}
 const char *c_why_not(const fastloss::RowStats *p) { return fastloss::row_stats_cuda_why_not(*p); }
 }
