@@ -63,7 +63,7 @@ def test_opcheck_linear(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kind", list(Pointwise))
+@pytest.mark.parametrize("kind", [Pointwise.BCE_WITH_LOGITS, Pointwise.KL_DIV])
 def test_opcheck_pointwise(kind: Pointwise, dtype: torch.dtype) -> None:
     x, t, w, p = (
         torch.randn(6, 5).to(dtype),
@@ -73,7 +73,7 @@ def test_opcheck_pointwise(kind: Pointwise, dtype: torch.dtype) -> None:
     )
     for weights in ((None, None), (w, p)):
         given = (x, t, *weights, int(kind))
-        for reduce, gradient in itertools.product((True, False), (True, False)):
+        for reduce, gradient in ((True, True), (False, False)):
             torch.library.opcheck(OPS.pointwise_loss.default, (*given, 0.5, reduce, gradient))
         for upstream in (torch.tensor(0.5), torch.rand(6, 5)):
             torch.library.opcheck(OPS.pointwise_loss_backward.default, (upstream.to(dtype), *given, 0.5))
