@@ -6,6 +6,7 @@ an upstream gradient of 1 (docs/design.md, "A gradient made in the forward"). Wh
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from typing import Any, NamedTuple
 
@@ -28,10 +29,26 @@ class Formula(NamedTuple):
     reduce: bool
 
 
-#: Elements below which torch is faster on a CPU: forward and backward of ours cost 75 us beside the kernel, mostly Python,
-#: those of torch 40 us. Measured at 64 to 64000 elements: binary_cross_entropy_with_logits breaks even at 16384 (1.05 in
-#: float32, 0.87 in bfloat16), kl_div at 8192. A backend that is named runs whatever the size.
+#: Elements below which torch is faster on a CPU, three times as many where nothing is reduced: a forward and backward of
+#: ours costs 75 us beside the kernels, most of it Python, and one of torch's 40 us. Measured with one thread: reduced,
+#: binary_cross_entropy_with_logits breaks even at 16384 (1.05 of torch's time in float32, 0.87 in bfloat16) and kl_div at
+#: 8192; not reduced, 1.5 at 16384 and 0.8 at 64000. A backend that is named runs whatever the size.
 SMALL = 16384
+
+#: Where some compiled or Triton kernel can run; elsewhere PyTorch's own function is as good as ours.
+_HAS_KERNELS = {
+    "cpu": compiled._C is not None and compiled._C.best_isa() > 0,
+    "cuda": bool(getattr(compiled._C, "cuda", False)) or importlib.util.find_spec("triton") is not None,
+}
+
+
+def _worth_it(input: Tensor, reduction: str) -> bool:
+    """Whether a kernel of ours beats torch's function."""
+    if registry.forced() is not None:
+        return True
+    kind = input.device.type
+    small = SMALL if reduction != "none" else 3 * SMALL
+    return _HAS_KERNELS.get(kind, False) and (kind != "cpu" or input.numel() >= small)
 
 
 def _autocast(device: str) -> bool:
@@ -45,17 +62,17 @@ def _loss_dtype(input: Tensor, labels: Tensor) -> torch.dtype:
     return torch.float32 if _autocast(input.device.type) else torch.promote_types(input.dtype, labels.dtype)
 
 
-def _takes(input: Any, labels: Any, weight: Any = None, pos_weight: Any = None) -> bool:
+def _takes(reduction: str, input: Any, labels: Any, weight: Any = None, pos_weight: Any = None) -> bool:
     """Whether a kernel takes these tensors, and is worth its call."""
     tensors = (input, labels, weight, pos_weight)
     if torch.compiler.is_compiling() or not isinstance(input, Tensor) or not isinstance(labels, Tensor):
         return False
     if not direct(*tensors) or functorch_active() or forward_mode_active():
         return False
-    device, dtype, on_cpu = input.device, input.dtype, input.device.type == "cpu"
+    device, dtype = input.device, input.dtype
     if dtype not in compiled.DTYPES or labels.shape != input.shape or not input.numel():
         return False
-    if registry.forced() is None and (device.type not in registry.ORDER or (on_cpu and input.numel() < SMALL)):
+    if not _worth_it(input, reduction):
         return False
     trained = torch.is_grad_enabled()  # a gradient of anything but the input is left to PyTorch
     for t in tensors:
@@ -165,7 +182,7 @@ def binary_cross_entropy_with_logits(
     Input and target of any shape, the same; weights broadcast to it. float32, float16, bfloat16 and float32 targets of
     16-bit logits run on fastloss kernels, and the gradient of the input is made in the same pass as the loss. The rest
     goes to PyTorch: float64, a gradient of target or weights, torch.compile, torch.func, forward-mode AD, `size_average`
-    and `reduce`, and on a CPU fewer than `fastloss.pointwise.SMALL` elements.
+    and `reduce`, and on a CPU what is small (`fastloss.pointwise.SMALL`).
 
     Raises what torch raises: ValueError where target and input differ in shape.
     """
@@ -173,7 +190,7 @@ def binary_cross_entropy_with_logits(
         size_average is None
         and reduce is None
         and reduction in ("mean", "sum", "none")
-        and _takes(input, target, weight, pos_weight)
+        and _takes(reduction, input, target, weight, pos_weight)
         and _broadcasts(weight, input)
         and _broadcasts(pos_weight, input)
     ):
@@ -206,7 +223,7 @@ def kl_div(
         size_average is None
         and reduce is None
         and reduction in ("mean", "sum", "none", "batchmean")
-        and _takes(input, target)
+        and _takes(reduction, input, target)
     ):
         if reduction == "mean":
             warnings.warn(
