@@ -305,6 +305,28 @@ def linear_sample(group: Group) -> Case:
     return Case(calls, (x, w), x.nbytes + w.nbytes, 2 * n * d * v, logits_bytes=n * v * x.element_size())
 
 
+def pointwise(group: Group) -> Case:
+    """A loss of torch.nn.functional on logits or log-probabilities [N, V] and targets of the same shape."""
+    z, _ = common.logits(group)
+    if group.op == "kl_div":
+        x, more = z.log_softmax(1), {"reduction": "batchmean"}
+        t = torch.randn_like(z).softmax(1)
+    else:
+        x, t, more = z, torch.rand_like(z), {}
+    theirs, mine = (getattr(module, group.op) for module in (F, fastloss.functional))
+    fast = compiled(lambda x: theirs(x, t, **more))
+    step = training_step if group.mode == "forward+backward" else lambda loss, *leaves: loss
+    if group.mode == "forward+backward":
+        x.requires_grad_()
+    calls = {
+        "torch": step(lambda: theirs(x, t, **more), x),
+        "torch_compile": step(lambda: fast(x), x),
+        **ours(group.device, step(lambda: mine(x, t, **more), x)),
+    }
+    size, gradient = z.nbytes, z.nbytes if group.mode == "forward+backward" else 0
+    return Case(calls, (x, t), 2 * size + gradient, 0, gradient_bytes=gradient, logits_bytes=size)
+
+
 CASES: dict[str, Callable[[Group], Case]] = {
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
@@ -313,6 +335,8 @@ CASES: dict[str, Callable[[Group], Case]] = {
     "region": region,
     "sample": sample,
     "linear_sample": linear_sample,
+    "binary_cross_entropy_with_logits": pointwise,
+    "kl_div": pointwise,
 }
 
 

@@ -1,10 +1,13 @@
 // Python names of the kernels. Pointers arrive as integers (tensor.data_ptr()); python/fastloss has the checks.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "cpu/cpu.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/kept_memory.h"
 #include "cpu/linear_cross_entropy.h"
+#include "cpu/pointwise_loss.h"
 #include "cpu/region_stats.h"
 #include "cpu/targets.h"
 #include "fastloss.h"
@@ -77,6 +80,11 @@ RegionStats region_stats_of(uintptr_t logits, uintptr_t target, uintptr_t mask, 
           target_dtype,
           want,
           sharpness};
+}
+
+// (address, dtype, period) of Python.
+Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
 }
 
 } // namespace
@@ -240,6 +248,27 @@ PYBIND11_MODULE(_C, m) {
         region_stats_cpu(args, isa);
       },
       REGION_KEYWORDS, py::arg("isa"));
+  using Operand = std::tuple<uintptr_t, int, int64_t>;
+  m.def("pointwise_loss_cpu",
+        [](const Operand &input, const Operand &target, const Operand &weight, const Operand &pos_weight,
+           const Operand &upstream, uintptr_t loss, const Operand &values, const Operand &dinput, int64_t n, int kind,
+           double share, int isa) {
+          PointwiseLoss args = {elements_of(input),
+                                elements_of(target),
+                                elements_of(weight),
+                                elements_of(pos_weight),
+                                elements_of(upstream),
+                                pointer<float>(loss),
+                                elements_of(values),
+                                elements_of(dinput),
+                                nullptr,
+                                n,
+                                kind,
+                                share,
+                                false};
+          py::gil_scoped_release release;
+          pointwise_loss_cpu(args, isa);
+        });
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;
@@ -280,6 +309,26 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_cuda", [](uintptr_t x, int dtype, int64_t n, uintptr_t factor, int device, uintptr_t stream) {
     scale_cuda(pointer<void>(x), dtype, n, pointer<float>(factor), device, pointer<void>(stream));
   });
+  m.attr("MOST_PARTIALS") = kMostPartials;
+  m.def("pointwise_loss_cuda",
+        [](const Operand &input, const Operand &target, const Operand &weight, const Operand &pos_weight,
+           const Operand &upstream, uintptr_t loss, const Operand &values, const Operand &dinput, int64_t n, int kind,
+           double share, uintptr_t partial, bool unless_one, int device, uintptr_t stream) {
+          PointwiseLoss args = {elements_of(input),
+                                elements_of(target),
+                                elements_of(weight),
+                                elements_of(pos_weight),
+                                elements_of(upstream),
+                                pointer<float>(loss),
+                                elements_of(values),
+                                elements_of(dinput),
+                                pointer<double>(partial),
+                                n,
+                                kind,
+                                share,
+                                unless_one};
+          pointwise_loss_cuda(args, device, pointer<void>(stream));
+        });
 #else
   m.attr("cuda") = false;
   m.attr("archs") = "";

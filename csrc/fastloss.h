@@ -56,4 +56,28 @@ struct RowSample {
   float scale, softcap; // z as in RowStats, but -inf stays -inf: such a column is never drawn
 };
 
+// Losses that are a sum over elements of a function of input and target alone: docs/design.md, "Pointwise losses".
+enum PointwiseKind : int { kBceWithLogits = 0, kKlDiv = 1, kKlDivLogTarget = 2 };
+
+// A contiguous tensor that is read, or written, element by element.
+struct Elements {
+  void *data; // null: absent
+  int dtype;
+  int64_t period; // element i of the loss reads element i % period of this
+};
+
+// n elements of input and target. What is null is not computed.
+struct PointwiseLoss {
+  Elements input, target, weight, pos_weight; // the weights only for kBceWithLogits; absent: 1
+  Elements upstream;                          // absent: 1; it multiplies dinput, not loss and values
+  float *loss;                                // one number: share * the sum of all values
+  Elements values;                            // the loss of each element
+  Elements dinput;                            // upstream * share * the derivative of each value in input
+  double *partial;                            // CUDA only: kMostPartials numbers of scratch memory, for `loss`
+  int64_t n;
+  int kind;
+  double share;
+  bool unless_one; // CUDA only: upstream is one float; where it is 1, dinput holds this gradient already
+};
+
 } // namespace fastloss

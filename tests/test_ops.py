@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss import backend_cpp, reference
-from fastloss.contract import NUM_COEFS, NUM_EPILOGUES, Coef, Want
+from fastloss.contract import NUM_COEFS, NUM_EPILOGUES, Coef, Pointwise, Want
 from hard_rows import ROWS, hard_rows
 
 OPS = torch.ops.fastloss
@@ -60,6 +60,26 @@ def test_opcheck_linear(dtype: torch.dtype) -> None:
     for needs in (7, 1, 2, 0):
         args = (x, w, bias, *row[:3], epilogue, -100, int(Want.SUM), 0.7, 0.0, needs, 0)
         torch.library.opcheck(OPS.linear_cross_entropy.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Pointwise.BCE_WITH_LOGITS, Pointwise.KL_DIV])
+def test_opcheck_pointwise(kind: Pointwise, dtype: torch.dtype) -> None:
+    x, t, w, p = (
+        torch.randn(6, 5).to(dtype),
+        torch.rand(6, 5).to(dtype),
+        torch.rand(5).to(dtype),
+        torch.rand(1).to(dtype),
+    )
+    for weights in ((None, None), (w, p)):
+        given = (x, t, *weights, int(kind))
+        for reduce, gradient in ((True, True), (False, False)):
+            torch.library.opcheck(OPS.pointwise_loss.default, (*given, 0.5, reduce, gradient))
+        for upstream in (torch.tensor(0.5), torch.rand(6, 5)):
+            torch.library.opcheck(OPS.pointwise_loss_backward.default, (upstream.to(dtype), *given, 0.5))
+        with fastloss.use_backend("reference"):
+            args = (torch.zeros_like(x), torch.tensor(0.5), *given, 0.5)
+            torch.library.opcheck(OPS.pointwise_loss_backward_unless_one_.default, args)
 
 
 def close(a: Tensor, b: Tensor, rtol: float) -> None:

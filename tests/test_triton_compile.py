@@ -70,7 +70,14 @@ def region_cases() -> list[Case]:
     return cases
 
 
-CASES = linear_cases() + row_cases() + region_cases()
+def pointwise_cases() -> list[Case]:
+    training = ("weight", "pos_weight", "upstream", "values")
+    cases = [Case("pointwise", "bf16", target, absent=training) for target in SHARED_LIMIT]
+    cases += [Case("pointwise", dtype, "sm_90", kind, absent=training) for kind in (1, 2) for dtype in ("fp32", "fp16")]
+    return cases + [Case("pointwise", "fp32", target, absent=("partial",)) for target in SHARED_LIMIT]
+
+
+CASES = linear_cases() + row_cases() + region_cases() + pointwise_cases()
 TOO_LARGE = Case("linear_stats", "bf16", "sm_90", ALL, True, ("lift",), True, Tile(128, 256, 64, 8, 3))
 
 

@@ -13,6 +13,7 @@ import triton
 from fastloss.triton_kernels import (
     common,
     linear_row_stats_kernels,
+    pointwise_loss,
     region_stats,
     row_sample_kernels,
     row_stats_kernels,
@@ -32,10 +33,28 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
 
 DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz"}
+ELEMENTS = {"input", "labels", "weight", "pos_weight", "upstream", "values", "dinput"}  # of pointwise_loss
 INT64 = {"target", "argmax", "seed", "streams", "index"}
 BYTES = {"mask", "labels"}
-FLOAT = {"scale", "cap", "sharpness"}
-NEVER_ALIGNED = {"N", "splits", "ignore_index", "first_column"}  # do_not_specialize
+FLOAT = {"scale", "cap", "sharpness", "share"}
+COUNTS = {
+    "splits",
+    "ignore_index",
+    "first_column",
+    "width",
+    "count",
+    "mask_share",
+    "weight_period",
+    "pos_weight_period",
+}
+NEVER_ALIGNED = {
+    "N",
+    "splits",
+    "ignore_index",
+    "first_column",
+    "weight_period",
+    "pos_weight_period",
+}  # do_not_specialize
 
 
 class Case(NamedTuple):
@@ -83,6 +102,11 @@ def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         return row_sample_kernels.row_sample_kernel, dict(SOFTCAP=case.softcap, BLOCK=block), dict(num_warps=warps)
     if case.kernel == "merge_sample":
         return row_sample_kernels.merge_sample_kernel, dict(SPLITS=64), dict(num_warps=1)
+    if (
+        case.kernel == "pointwise"
+    ):  # `want` is the kind of loss; weights that are repeated, an upstream gradient for each
+        meta = dict(WEIGHT=2, POS_WEIGHT=1, KIND=case.want, EACH=True, UNLESS_ONE=False, BLOCK=pointwise_loss.BLOCK)
+        return pointwise_loss.pointwise_kernel, meta, dict(num_warps=pointwise_loss.WARPS)
     if case.kernel in ("linear_stats", "linear_gradient"):
         kernels = linear_row_stats_kernels
         kernel = kernels.linear_row_stats_kernel if case.kernel == "linear_stats" else kernels.linear_gradient_kernel
@@ -100,6 +124,16 @@ def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     return kernel, dict(meta, BLOCK=block), dict(num_warps=warps)
 
 
+def _pointee(case: Case, name: str) -> str:
+    if name in DATA or (case.kernel == "pointwise" and name in ELEMENTS):
+        return case.dtype
+    if name in INT64:
+        return "i64"
+    if name in BYTES:
+        return "i8"
+    return "i32" if name == "part_index" else "fp32"
+
+
 def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
     """The signature that a launch has whose tensors are 16-byte aligned and whose sizes are multiples of 16."""
     signature: dict[str, str] = {}
@@ -113,24 +147,10 @@ def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
             signature[name] = f"tensordesc<{case.dtype}[{meta['BM' if name == 'x' else 'BN']},{meta['BK']}]>"
         elif name in FLOAT:
             signature[name] = "fp32"
-        elif (
-            name[0].isupper()
-            or name.startswith("stride")
-            or name in ("splits", "ignore_index", "first_column", "width", "count", "mask_share")
-        ):
+        elif name[0].isupper() or name.startswith("stride") or name in COUNTS:
             signature[name] = "i32"
         else:
-            pointee = (
-                case.dtype
-                if name in DATA
-                else "i64"
-                if name in INT64
-                else "u8"
-                if name in BYTES
-                else "i32"
-                if name == "part_index"
-                else "fp32"
-            )
+            pointee = _pointee(case, name)
             signature[name] = "*" + pointee
         if (signature[name] == "i32" and name not in NEVER_ALIGNED) or signature[name].startswith("*"):
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -56,5 +56,9 @@ void scale_cuda(void *x, int dtype, int64_t n, const float *factor, int device, 
 
 // Statistics of regions, or with `coef` the gradient. `slices` blocks share a region, and each leaves its own sums.
 void region_stats_cuda(const RegionStats &, int slices, int device, void *stream);
+// A block has one sum: more blocks than this are never launched.
+constexpr int kMostPartials = 2048;
+// A target in float32 or in the dtype of the input; values in the wider of the two.
+void pointwise_loss_cuda(const PointwiseLoss &, int device, void *stream);
 
 } // namespace fastloss

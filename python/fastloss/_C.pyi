@@ -62,3 +62,17 @@ def region_stats_cuda(
     *, logits: int, target: int, mask: int, coef: int, stats: int, dlogits: int, n: int, size: int, mask_share: int,
     dtype: int, target_dtype: int, want: int, sharpness: float, slices: int, device: int, stream: int,
 ) -> None: ...  # fmt: skip
+
+MOST_PARTIALS: int
+
+_Elements = tuple[int, int, int]
+
+def pointwise_loss_cpu(
+    input: _Elements, target: _Elements, weight: _Elements, pos_weight: _Elements, upstream: _Elements, loss: int,
+    values: _Elements, dinput: _Elements, n: int, kind: int, share: float, isa: int, /,
+) -> None: ...  # fmt: skip
+def pointwise_loss_cuda(
+    input: _Elements, target: _Elements, weight: _Elements, pos_weight: _Elements, upstream: _Elements, loss: int,
+    values: _Elements, dinput: _Elements, n: int, kind: int, share: float, partial: int, unless_one: bool, device: int,
+    stream: int, /,
+) -> None: ...  # fmt: skip

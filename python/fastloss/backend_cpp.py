@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import kept_memory
 from .compiled import _C, DTYPES, MISSING, CompiledRows, check_rows, nll_only, pointer, register, why_not_linear
+from .compiled_pointwise import CompiledPointwise
 from .contract import NUM_EPILOGUES, NUM_STATS, Needs, Stat
 from .registry import kernel
 
@@ -46,6 +47,15 @@ def _missing(x: Tensor) -> str | None:
 
 rows = CompiledRows(_launch, lambda x: kept_memory.empty(x.shape, x.dtype))
 chunked = register("cpp", rows, _missing, check_targets)
+
+
+def _launch_pointwise(input: Tensor, *args: Any) -> None:
+    _C.pointwise_loss_cpu(*args, ISA)  # type: ignore[union-attr]
+
+
+CompiledPointwise(_launch_pointwise, lambda shape, dtype, device: kept_memory.empty(shape, dtype)).register(
+    "cpp", _missing
+)
 
 
 def why_not_head(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .compiled import _C, DTYPES, MISSING, CompiledRows, register, why_not_rows
+from .compiled_pointwise import CompiledPointwise
 from .device_checks import check_targets
 from .registry import kernel
 
@@ -62,3 +63,15 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
     device, factor = x.device.index, factor.to(torch.float32)
     stream = torch._C._cuda_getCurrentRawStream(device)
     _C.scale_cuda(x.data_ptr(), DTYPES[x.dtype], x.numel(), factor.data_ptr(), device, stream)  # type: ignore[union-attr]
+
+
+def _launch_pointwise(input: Tensor, *args: Any, unless_one: bool = False) -> None:
+    device = input.device.index
+    partial = torch.empty(_C.MOST_PARTIALS, dtype=torch.float64, device=input.device)  # type: ignore[union-attr]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    _C.pointwise_loss_cuda(*args, partial.data_ptr(), unless_one, device, stream)  # type: ignore[union-attr]
+
+
+CompiledPointwise(
+    _launch_pointwise, lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
+).register("cuda", _missing)

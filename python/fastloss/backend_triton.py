@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .chunked import Chunked, RowKernels
 from .compiled import why_not_linear, why_not_rows
+from .compiled_pointwise import why_not_pointwise, why_not_upstream
 from .device_checks import check_targets
 from .registry import kernel
 
@@ -136,3 +137,31 @@ def linear_row_stats_backward_into(
 ) -> tuple[Tensor, Tensor]:
     dx, _, db = _backward(coef, stats, argmax, *args, grad_weight=grad_weight)
     return dx, db
+
+
+def _why_not_pointwise(input: Tensor, *args: Any) -> str | None:
+    return _missing(input) or why_not_pointwise(input, *args)
+
+
+@kernel("pointwise_loss", "triton", _why_not_pointwise)
+def pointwise_loss(*args: Any) -> tuple[Tensor, Tensor]:
+    from .triton_kernels import pointwise_loss as kernels
+
+    return kernels.pointwise_loss(*args)
+
+
+@kernel(
+    "pointwise_loss_backward", "triton", lambda up, x, *args: _why_not_pointwise(x, *args) or why_not_upstream(up, x)
+)
+def pointwise_loss_backward(upstream: Tensor, *args: Any) -> Tensor:
+    from .triton_kernels import pointwise_loss as kernels
+
+    return kernels.pointwise_loss_backward(upstream, *args)
+
+
+@kernel("pointwise_loss_backward_unless_one_", "triton", lambda dinput, upstream, *args: _why_not_pointwise(*args))
+def pointwise_loss_backward_unless_one_(dinput: Tensor, upstream: Tensor, *args: Any) -> None:
+    """pointwise_loss_backward(*args) into dinput, unless upstream, one number on the device, is 1."""
+    from .triton_kernels import pointwise_loss as kernels
+
+    kernels.pointwise_loss_backward(upstream.float(), *args, out=dinput, unless_one=True)

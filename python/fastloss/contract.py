@@ -106,6 +106,14 @@ class TermCoef(IntEnum):
     LISTED = 10
 
 
+class Pointwise(IntEnum):
+    """Losses that are a sum over elements of a function of input and labels."""
+
+    BCE_WITH_LOGITS = 0
+    KL_DIV = 1
+    KL_DIV_LOG_TARGET = 2
+
+
 NUM_STATS, NUM_COEFS, NUM_EPILOGUES = len(Stat), len(Coef), 4
 
 

@@ -1,7 +1,8 @@
 """Drop-in losses: every loss of torch.nn.functional under its own name and signature.
 
-`cross_entropy` and `linear_cross_entropy` run on fastloss kernels; the other names are torch's own functions. What no
-kernel takes goes to PyTorch, never to an error, so that swapping the import is always safe.
+`cross_entropy` and `linear_cross_entropy` run on fastloss kernels, and so do the losses of pointwise.py; the other names
+are torch's own functions. What no kernel takes goes to PyTorch, never to an error, so that swapping the import is always
+safe.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import (
     binary_cross_entropy,
-    binary_cross_entropy_with_logits,
     cosine_embedding_loss,
     ctc_loss,
     gaussian_nll_loss,
     hinge_embedding_loss,
     huber_loss,
-    kl_div,
     l1_loss,
     margin_ranking_loss,
     mse_loss,
@@ -43,6 +42,8 @@ from .contract import Needs, Want
 from .engine import check_grad_weight, check_head, extra_bytes, shifted
 from .engine import options as row_options
 from .fused import Formula, denominator, pack
+from .passed_through import explained as _explained
+from .pointwise import binary_cross_entropy_with_logits, kl_div
 from .statistics import RowStats
 
 __all__ = [
@@ -133,23 +134,6 @@ def _plain(*tensors: Tensor | None) -> bool:
         if not isinstance(t, Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
             return False
     return all(t is None or t.layout == torch.strided for t in tensors)
-
-
-def _explained(torch_function: Callable[[], Tensor], name: str, **tensors: Tensor | None) -> Tensor:
-    """PyTorch's own result; when it raises, the same exception type with what was given in the message."""
-    try:
-        return torch_function()
-    except (ValueError, RuntimeError, IndexError, TypeError, NotImplementedError) as error:
-        if torch.compiler.is_compiling():
-            raise
-        given = "; ".join(
-            f"{key}: {tuple(t.shape)} {t.dtype} on {t.device}" for key, t in tensors.items() if isinstance(t, Tensor)
-        )
-        try:
-            better = type(error)(f"fastloss.{name}: {error} (got {given})")
-        except TypeError:  # an exception class with a constructor of its own
-            raise error from None
-        raise better from None
 
 
 def _on_kernels(x: Tensor, extras: _Extras) -> bool:

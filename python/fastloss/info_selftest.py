@@ -47,6 +47,16 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
             registry.run("scale_unless_one_", gradient, two / 4)
         return [loss, gradient]
 
+    def divergence(z: Any, target: Any) -> list[Any]:
+        """Of the distribution that is one class, the divergence is the cross entropy; its gradient made in both ways."""
+        x, q = z.float().log_softmax(1), F.one_hot(target, z.shape[1]).float()
+        loss = fastloss.functional.kl_div(x, q, reduction="sum")
+        with torch.no_grad():
+            up, again = torch.full((), 2.0, device=z.device), torch.zeros_like(q)
+            registry.run("pointwise_loss_backward_unless_one_", again, up, x, q, None, None, 1, 0.25)
+            again += registry.run("pointwise_loss_backward", up, x, q, None, None, 1, 0.25)
+        return [loss, *torch.autograd.grad(x, z, again)]
+
     head = fastloss.linear_cross_entropy
     backward = "linear_row_stats_backward"
     return {
@@ -56,6 +66,9 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
         "cross_entropy": (("cross_entropy",), graded(lambda z, t: fastloss.cross_entropy(z, t, reduction="sum"))),
         "gradient made again, scaled": (
             ("cross_entropy", "row_stats", "row_stats_backward_unless_one_", "scale_unless_one_"), made_again
+        ),
+        "pointwise losses": (
+            ("pointwise_loss", "pointwise_loss_backward", "pointwise_loss_backward_unless_one_"), divergence
         ),
         "linear rows and their backward": (
             ("linear_row_stats", backward), graded(lambda x, w, t: head(x, w, t, reduction="none").sum())

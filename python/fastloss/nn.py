@@ -1,6 +1,7 @@
 """Drop-in loss modules: every loss of torch.nn under its own name and constructor.
 
-`CrossEntropyLoss` and `LinearCrossEntropyLoss` run on fastloss kernels; the other names are torch's own classes.
+`CrossEntropyLoss`, `LinearCrossEntropyLoss`, `BCEWithLogitsLoss` and `KLDivLoss` run on fastloss kernels; the other names
+are torch's own classes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ from torch import Tensor
 from torch.nn import (
     AdaptiveLogSoftmaxWithLoss,
     BCELoss,
-    BCEWithLogitsLoss,
     CosineEmbeddingLoss,
     CTCLoss,
     GaussianNLLLoss,
     HingeEmbeddingLoss,
     HuberLoss,
-    KLDivLoss,
     L1Loss,
     MarginRankingLoss,
     MSELoss,
@@ -262,6 +261,24 @@ class LinearRowLoss(RowLoss):
         """The loss of features [..., D] under the head's weight [V, D]."""
         arguments = {**self.arguments, **arguments}
         return linear_row_loss(input, linear_weight, target, self.loss, reduction=self.reduction, **arguments)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """torch.nn.BCEWithLogitsLoss on fastloss kernels; see `fastloss.functional.binary_cross_entropy_with_logits`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits and targets of the same shape."""
+        return functional.binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    """torch.nn.KLDivLoss on fastloss kernels; see `fastloss.functional.kl_div`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The divergence of log-probabilities `input` from `target`."""
+        return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
 def __getattr__(name: str) -> Any:

@@ -171,4 +171,22 @@ _define(
     ),
 )
 
+
+def _pointwise_loss_fake(
+    input, labels, weight=None, pos_weight=None, kind=0, share=1.0, reduce=True, gradient=False
+):  # fmt: skip
+    if reduce:
+        loss = input.new_empty((), dtype=torch.promote_types(input.dtype, torch.float32))
+    else:
+        loss = _dense(input).to(torch.promote_types(input.dtype, labels.dtype))
+    return loss, _dense(input) if gradient else input.new_empty((0,))
+
+
+_ELEMENTS = "Tensor input, Tensor labels, Tensor? weight=None, Tensor? pos_weight=None, int kind=0, float share=1.0"
+_define(f"pointwise_loss({_ELEMENTS}, bool reduce=True, bool gradient=False) -> (Tensor, Tensor)", _pointwise_loss_fake)
+_define(  # upstream: one number, or one for each element
+    f"pointwise_loss_backward(Tensor upstream, {_ELEMENTS}) -> Tensor", lambda upstream, input, *_: _dense(input)
+)
+_define(f"pointwise_loss_backward_unless_one_(Tensor(a!) dinput, Tensor upstream, {_ELEMENTS}) -> ()", lambda *_: None)
+
 from . import backend_cpp, backend_cuda, backend_reference, backend_triton, sampling  # noqa: E402,F401  (they register their kernels)

@@ -106,7 +106,16 @@ def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | 
 def load(path: Path) -> ctypes.CDLL:
     """The library, with the types of what it returns."""
     library = ctypes.CDLL(str(path))
-    for name in ("c_launch", "c_region_stats", "c_run", "c_sample", "c_sample_run", "c_scale", "c_why_not"):
+    for name in (
+        "c_launch",
+        "c_pointwise",
+        "c_region_stats",
+        "c_run",
+        "c_sample",
+        "c_sample_run",
+        "c_scale",
+        "c_why_not",
+    ):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 

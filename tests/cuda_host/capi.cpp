@@ -47,5 +47,9 @@ const char *c_scale(void *x, int dtype, int64_t n, const float *factor, const fa
 const char *c_region_stats(const fastloss::RegionStats *p, int slices) {
   return guard([&] { fastloss::region_stats_cuda(*p, slices, 0, nullptr); });
 }
+const char *c_pointwise(const fastloss::PointwiseLoss *p, const fastloss::DeviceLimits *device) {
+  limits = *device;
+  return guard([&] { fastloss::pointwise_loss_cuda(*p, 0, nullptr); });
+}
 const char *c_why_not(const fastloss::RowStats *p) { return fastloss::row_stats_cuda_why_not(*p); }
 }
