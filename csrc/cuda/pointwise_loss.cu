@@ -27,11 +27,9 @@ struct Repeated {
 
 Repeated repeated(const Elements &e) { return {e, 1 / double(e.data ? e.period : 1)}; }
 
-// The place of element i. The quotient is at most one off.
+// The place of element i, or one period further: up to 2^52 elements the quotient is right or one too small.
 __device__ int64_t place(const Repeated &r, int64_t i) {
-  const int64_t period = r.elements.period;
-  i -= int64_t(double(i) * r.inverse) * period;
-  return i < 0 ? i + period : i >= period ? i - period : i;
+  return i - int64_t(double(i) * r.inverse) * r.elements.period;
 }
 
 // The weight k elements after a place, k small.
