@@ -114,7 +114,7 @@ def _example(device: str, dtype: str) -> dict[str, Any]:
         "w": new(CLASSES, FEATURES, kind=dtype), "target": new(ROWS, kind="int64"), "coef": new(NUM_COEFS, ROWS),
         "stats": new(NUM_STATS, ROWS), "argmax": new(0, kind="int64"), "epilogue": new(NUM_EPILOGUES, ROWS),
         "grad_weight": new(CLASSES, FEATURES), "dlogits": new(ROWS, CLASSES, kind=dtype), "upstream": new(),
-        "factor": new(),
+        "factor": new(), "seed": new(kind="int64"), "streams": new(ROWS, kind="int64"),
     }  # fmt: skip
 
 

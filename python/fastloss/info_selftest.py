@@ -47,6 +47,12 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
             registry.run("scale_unless_one_", gradient, two / 4)
         return [loss, gradient]
 
+    def drawn(z: Any, target: Any) -> Any:  # log p of what was drawn, against the loss of the same column
+        with torch.no_grad():
+            index, logp = registry.run("row_sample", z, torch.tensor(1).to(z.device), torch.arange(len(z)).to(z.device))
+            off = (logp + fastloss.cross_entropy(z, index, reduction="none")).abs().sum()
+        return fastloss.cross_entropy(z, target, reduction="sum") + off
+
     head = fastloss.linear_cross_entropy
     backward = "linear_row_stats_backward"
     return {
@@ -57,6 +63,7 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
         "gradient made again, scaled": (
             ("cross_entropy", "row_stats", "row_stats_backward_unless_one_", "scale_unless_one_"), made_again
         ),
+        "row_sample": (("row_sample", "row_stats", "cross_entropy"), graded(drawn)),
         "linear rows and their backward": (
             ("linear_row_stats", backward), graded(lambda x, w, t: head(x, w, t, reduction="none").sum())
         ),
