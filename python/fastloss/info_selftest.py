@@ -57,6 +57,12 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
             again += registry.run("pointwise_loss_backward", up, x, q, None, None, 1, 0.25)
         return [loss, *torch.autograd.grad(x, z, again)]
 
+    def drawn(z: Any, target: Any) -> Any:  # log p of what was drawn, against the loss of the same column
+        with torch.no_grad():
+            index, logp = registry.run("row_sample", z, torch.tensor(1).to(z.device), torch.arange(len(z)).to(z.device))
+            off = (logp + fastloss.cross_entropy(z, index, reduction="none")).abs().sum()
+        return fastloss.cross_entropy(z, target, reduction="sum") + off
+
     head = fastloss.linear_cross_entropy
     backward = "linear_row_stats_backward"
     return {
@@ -70,6 +76,7 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
         "pointwise losses": (
             ("pointwise_loss", "pointwise_loss_backward", "pointwise_loss_backward_unless_one_"), divergence
         ),
+        "row_sample": (("row_sample", "row_stats", "cross_entropy"), graded(drawn)),
         "linear rows and their backward": (
             ("linear_row_stats", backward), graded(lambda x, w, t: head(x, w, t, reduction="none").sum())
         ),
