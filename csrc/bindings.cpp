@@ -32,7 +32,8 @@ struct Memory {
 RowStats row_stats_of(int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight,
                       uintptr_t temperature, uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits,
                       int64_t n, int64_t v, int64_t ld, int64_t ld_prob, int64_t ld_out, int64_t ignore_index,
-                      int dtype, int prob_dtype, int want, float scale, float softcap) {
+                      int dtype, int prob_dtype, int want, float scale, float softcap, int margin_loss, double margin_a,
+                      double margin_b) {
   return {pointer<void>(logits),
           pointer<int64_t>(target),
           pointer<void>(prob),
@@ -54,7 +55,10 @@ RowStats row_stats_of(int mode, uintptr_t logits, uintptr_t target, uintptr_t pr
           want,
           scale,
           softcap,
-          nullptr};
+          nullptr,
+          margin_loss,
+          margin_a,
+          margin_b};
 }
 
 RegionStats region_stats_of(uintptr_t logits, uintptr_t target, uintptr_t mask, uintptr_t coef, uintptr_t stats,
@@ -80,7 +84,8 @@ RegionStats region_stats_of(uintptr_t logits, uintptr_t target, uintptr_t mask, 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
                              int64_t n, int64_t d, int64_t v, int64_t ldx, int64_t ldw, int64_t ignore_index,
-                             int64_t max_extra_bytes, int dtype, int want, float scale, float softcap) {
+                             int64_t max_extra_bytes, int dtype, int want, float scale, float softcap, int margin_loss,
+                             double margin_a, double margin_b) {
   return {pointer<void>(x),
           pointer<void>(w),
           pointer<float>(bias),
@@ -101,6 +106,9 @@ LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
           max_extra_bytes,
           dtype,
           want,
+          margin_loss,
+          margin_a,
+          margin_b,
           scale,
           softcap};
 }
@@ -110,14 +118,16 @@ LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
   py::arg("mode"), py::arg("logits"), py::arg("target"), py::arg("prob"), py::arg("column_weight"),                    \
       py::arg("temperature"), py::arg("row"), py::arg("stats"), py::arg("argmax"), py::arg("dlogits"), py::arg("n"),   \
       py::arg("v"), py::arg("ld"), py::arg("ld_prob"), py::arg("ld_out"), py::arg("ignore_index"), py::arg("dtype"),   \
-      py::arg("prob_dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap")
+      py::arg("prob_dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"), py::kw_only(),                     \
+      py::arg("margin_loss") = 0, py::arg("margin_a") = 0.0, py::arg("margin_b") = 0.0
 
 // And of LinearCrossEntropy.
 #define LINEAR_KEYWORDS                                                                                                \
   py::kw_only(), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("target"), py::arg("column_weight"),             \
       py::arg("epilogue"), py::arg("stats"), py::arg("dx"), py::arg("dw"), py::arg("dbias"), py::arg("n"),             \
       py::arg("d"), py::arg("v"), py::arg("ldx"), py::arg("ldw"), py::arg("ignore_index"), py::arg("max_extra_bytes"), \
-      py::arg("dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"), py::arg("isa")
+      py::arg("dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"),                                         \
+      py::arg("margin_loss") = 0, py::arg("margin_a") = 0.0, py::arg("margin_b") = 0.0, py::arg("isa")
 
 // And of RegionStats.
 #define REGION_KEYWORDS                                                                                                \
@@ -159,10 +169,10 @@ PYBIND11_MODULE(_C, m) {
       [](int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight, uintptr_t temperature,
          uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits, int64_t n, int64_t v, int64_t ld,
          int64_t ld_prob, int64_t ld_out, int64_t ignore_index, int dtype, int prob_dtype, int want, float scale,
-         float softcap, int isa) {
-        RowStats args =
-            row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax, dlogits, n, v, ld,
-                         ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale, softcap);
+         float softcap, int margin_loss, double margin_a, double margin_b, int isa) {
+        RowStats args = row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax,
+                                     dlogits, n, v, ld, ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale,
+                                     softcap, margin_loss, margin_a, margin_b);
         py::gil_scoped_release release;
         row_stats_cpu(args, isa);
       },
@@ -172,9 +182,10 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
          uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
          int64_t ldw, int64_t ignore_index, int64_t max_extra_bytes, int dtype, int want, float scale, float softcap,
-         int isa) {
-        LinearCrossEntropy args = linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias, n, d, v,
-                                            ldx, ldw, ignore_index, max_extra_bytes, dtype, want, scale, softcap);
+         int margin_loss, double margin_a, double margin_b, int isa) {
+        LinearCrossEntropy args =
+            linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias, n, d, v, ldx, ldw,
+                      ignore_index, max_extra_bytes, dtype, want, scale, softcap, margin_loss, margin_a, margin_b);
         py::gil_scoped_release release;
         linear_cross_entropy_cpu(args, isa);
       },
@@ -184,10 +195,10 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
          uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
          int64_t ldw, int64_t ignore_index, int64_t max_extra_bytes, int dtype, int want, float scale, float softcap,
-         int isa) {
+         int margin_loss, double margin_a, double margin_b, int isa) {
         return linear_cross_entropy_why_not(linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias,
                                                       n, d, v, ldx, ldw, ignore_index, max_extra_bytes, dtype, want,
-                                                      scale, softcap),
+                                                      scale, softcap, margin_loss, margin_a, margin_b),
                                             isa);
       },
       LINEAR_KEYWORDS);
@@ -211,10 +222,11 @@ PYBIND11_MODULE(_C, m) {
       [](int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight, uintptr_t temperature,
          uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits, int64_t n, int64_t v, int64_t ld,
          int64_t ld_prob, int64_t ld_out, int64_t ignore_index, int dtype, int prob_dtype, int want, float scale,
-         float softcap, int device, uintptr_t stream, uintptr_t upstream) {
-        RowStats args =
-            row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax, dlogits, n, v, ld,
-                         ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale, softcap);
+         float softcap, int margin_loss, double margin_a, double margin_b, int device, uintptr_t stream,
+         uintptr_t upstream) {
+        RowStats args = row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax,
+                                     dlogits, n, v, ld, ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale,
+                                     softcap, margin_loss, margin_a, margin_b);
         args.upstream = pointer<float>(upstream);
         row_stats_cuda(args, device, pointer<void>(stream));
       },

@@ -2,6 +2,7 @@
 #pragma once
 #include "fastloss.h"
 #include "region_stats.h"
+#include "row_terms.h"
 
 #include <cstddef>
 #include <string>
@@ -36,6 +37,10 @@ void row_stats_launch(const RowStats &, const RowStatsPlan &, void *stream);
 // Runs on `stream` of `device`, without a synchronisation or an allocation. A launch that fails is a
 // std::runtime_error.
 void row_stats_cuda(const RowStats &, int device, void *stream);
+
+// The terms contract; null, or why row_terms_cuda cannot run this.
+const char *row_terms_cuda_why_not(const RowTerms &);
+void row_terms_cuda(const RowTerms &, int device, void *stream);
 
 // x[0..n) *= *factor in place, a number on the device; where it is 1, nothing is read or written.
 void scale_cuda(void *x, int dtype, int64_t n, const float *factor, int device, void *stream);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import reference
+from . import reference, reference_terms  # noqa: F401  (registers row_terms)
 from .chunked import Chunked, RowKernels
 from .registry import kernel
 

@@ -14,6 +14,11 @@ class Want(IntFlag):
     SUMSQ = 4
     TEMPERED = 8
     ARGMAX = 16
+    TEACHER = 32  # this and what follows: row_terms only
+    TEACHER_MEAN = 64
+    SCORE_MEAN = 128
+    TERM = 256
+    SUBSET = 512
 
 
 class Needs(IntFlag):
@@ -48,6 +53,57 @@ class Coef(IntEnum):
     LINEAR = 4
     REST_T = 5
     ARG = 6
+
+
+class Term(IntEnum):
+    """The separable function whose sum over the columns `row_terms` returns (docs/design.md, "The terms contract")."""
+
+    NONE = 0
+    KL = 1
+    MIXTURE = 2
+    TOTAL_VARIATION = 3
+    LOG_COSH = 4
+    BCE_LOGITS = 5
+    BCE = 6
+
+
+class TermStat(IntEnum):
+    """Rows of the `stats` table [17 + K, N] of `row_terms`; the K listed scores follow."""
+
+    REST_MAX = 0
+    REST_LOGSUM = 1
+    MAX = 2
+    LOGSUM = 3
+    MEAN = 4
+    SUM = 5
+    SUMSQ = 6
+    TEACHER_MAX = 7
+    TEACHER_LOGSUM = 8
+    TEACHER_MEAN = 9
+    SCORE_MEAN = 10
+    TEACHER_OWN_MEAN = 11
+    TERM = 12
+    SLOPE = 13
+    TEACHER_SLOPE = 14
+    SUBSET_MAX = 15
+    SUBSET_LOGSUM = 16
+    LISTED = 17
+
+
+class TermCoef(IntEnum):
+    """Rows of the coefficients [10 + K, N] of `row_terms_backward`; those of the K listed columns follow."""
+
+    REST = 0
+    ALL = 1
+    ALL_Z = 2
+    ALL_T = 3
+    TEACHER = 4
+    TERM = 5
+    SUBSET = 6
+    COLUMN = 7
+    LINEAR = 8
+    ARG = 9
+    LISTED = 10
 
 
 NUM_STATS, NUM_COEFS, NUM_EPILOGUES = len(Stat), len(Coef), 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from .contract import NUM_COEFS, Coef, Stat, Want
 from .reference import INF, finite
+
+if TYPE_CHECKING:
+    from .autograd import Options
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class RowStats:
         picked = self._row(Stat.TARGET) - self.reference_point
         empty = logsum == -INF  # the target is the only column; the sum below would be -inf + inf
         some = torch.where(empty, 0.0, logsum)
-        return self._counted(torch.where(empty, picked, some + F.softplus(picked - some)))
+        return self._counted(torch.where(empty, picked, some - F.logsigmoid(some - picked)))
 
     @property
     def lse(self) -> Tensor:
@@ -193,6 +197,36 @@ class RowStats:
         return self.argmax_index.reshape(self.shape)
 
     @property
+    def max_logp(self) -> Tensor:
+        """log p of the column `argmax`: max - lse, at the accuracy of z - max."""
+        return self._counted((self.max - self.reference_point) - self._lse_gap)
+
+    @property
+    def tempered_max_logp(self) -> Tensor:
+        """max / T - LSE(z / T): log p of the column `argmax` at the row's temperature."""
+        self._asked(Want.TEMPERED, "tempered_lse")
+        if self.temperature is None:
+            raise ValueError("tempered_max_logp needs a temperature")
+        t = self.temperature.reshape(self.shape)
+        gap = self._row(Stat.LOGSUM_T)
+        if not (self.soft or self.target is None):
+            gap = torch.logaddexp(gap, (self._row(Stat.TARGET) - self.reference_point) / t)
+        return self._counted((self.max - self.reference_point) / t - gap)
+
+    @property
+    def rest_log_power_sum(self) -> Tensor:
+        """log sum_j pi_j^(1/T) over the rest, pi = e^(z - rest_lse) its own softmax; -inf if there is no rest."""
+        self._asked(Want.TEMPERED, "tempered_lse")
+        if self.temperature is None:
+            raise ValueError("rest_log_power_sum needs a temperature")
+        logsum, tempered = self._row(Stat.LOGSUM), self._row(Stat.LOGSUM_T)
+        some = logsum != -INF
+        log_sum = torch.where(some, tempered, 0.0) - torch.where(some, logsum, 0.0) / self.temperature.reshape(
+            self.shape
+        )
+        return torch.where(some, log_sum, -INF)
+
+    @property
     def accuracy(self) -> Tensor:
         """1.0 where argmax is the target, else 0.0."""
         if self.target is None:
@@ -243,3 +277,14 @@ def coefficients(
     if want & Want.ARGMAX and grad_top is not None:
         coef[Coef.ARG] = grad_top
     return coef
+
+
+def pack(
+    stats: Tensor, top: Tensor, argmax: Tensor, target: Tensor | None, soft: bool, vocab: int, o: Options,
+    column_weight: Tensor | None, temperature: Tensor | None = None, shape: torch.Size | None = None,
+) -> RowStats:  # fmt: skip
+    """RowStats over what the ops return."""
+    return RowStats(
+        stats, top, argmax, target, soft, vocab, Want(o.want), temperature, column_weight, o.ignore_index,
+        torch.Size((stats.shape[1],)) if shape is None else shape,
+    )  # fmt: skip

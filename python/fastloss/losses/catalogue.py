@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Statistics = tuple[str, ...] | Callable[..., tuple[str, ...]]
+Temperature = str | float | Callable[..., Any] | None  # the name of a parameter, a constant, or a function of them
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,25 @@ class Entry:
     published: str
     statistics: Statistics
     rows: bool
-    temperature: str | None
+    temperature: Temperature
+    engine: Callable[..., Mapping[str, Any]] | None = None
 
     def needs(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the statistics that the loss reads with these parameters, besides target logit and rest."""
         return self.statistics(**parameters) if callable(self.statistics) else self.statistics
+
+    def temperature_of(self, parameters: Mapping[str, Any]) -> Any:
+        """The temperature of the statistics that the loss reads with these parameters, None for none."""
+        if isinstance(self.temperature, str):
+            return parameters[self.temperature]
+        return self.temperature(**parameters) if callable(self.temperature) else self.temperature
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raise TypeError for a keyword parameter that has no default and was not given."""
+        accepted = list(inspect.signature(self.function).parameters.values())[1:]
+        missing = [p.name for p in accepted if p.name not in parameters and p.kind is not p.VAR_KEYWORD]
+        if missing:
+            raise TypeError(f"{self.name} needs {', '.join(missing)}")
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -47,19 +62,20 @@ def _register(entry: Entry) -> None:
 
 
 def row(
-    *, formula: str, gradient: str, source: str, statistics: Statistics = (), temperature: str | None = None,
-    published: str = "",
+    *, formula: str, gradient: str, source: str, statistics: Statistics = (), temperature: Temperature = None,
+    published: str = "", engine: Callable[..., Mapping[str, Any]] | None = None,
 ) -> Callable[[Function], Function]:  # fmt: skip
     """Register a row loss: a function of `RowStats` (first argument) and keyword parameters, one value a row.
 
     statistics: the names to ask `row_stats` for besides the target logit and the LSE of the rest; a function of the
-    loss's keyword parameters where they depend on them. temperature: the parameter that is also the temperature of the
-    statistics. published: what the published code gets wrong and what is done here instead.
+    loss's keyword parameters where they depend on them. temperature: that of the statistics: the name of the parameter
+    that is it, a number, or a function of the keyword parameters. engine: from the keyword parameters, further arguments
+    of `row_stats` (a term). published: what the published code gets wrong and what is done here instead.
     """
 
     def register(function: Function) -> Function:
         name = function.__name__
-        _register(Entry(name, function, formula, gradient, source, published, statistics, True, temperature))
+        _register(Entry(name, function, formula, gradient, source, published, statistics, True, temperature, engine))
         return function
 
     return register
@@ -96,9 +112,12 @@ def split_arguments(loss: Callable[..., Any], given: Mapping[str, Any]) -> tuple
     known = find(loss)
     if known is not None:
         parameters = {**known.defaults, **own}
+        known.check(parameters)
         asked = engine.get("stats", ())
         asked = (asked,) if isinstance(asked, str) else tuple(asked)
         engine["stats"] = tuple(dict.fromkeys((*known.needs(parameters), *asked)))
         if known.temperature is not None:
-            engine["temperature"] = parameters[known.temperature]
+            engine["temperature"] = known.temperature_of(parameters)
+        if known.engine is not None:
+            engine |= known.engine(**parameters)
     return own, engine
