@@ -266,12 +266,53 @@ def region(group: Group) -> Case:
     return Case(calls, (x, t), 3 * x.nbytes + 2 * t.nbytes, 0, gradient_bytes=x.nbytes, logits_bytes=x.nbytes)
 
 
+def sample(group: Group) -> Case:
+    """A token of each row and its log-probability, one read; by torch's sampler, and by Gumbel noise of the same size."""
+    z, _ = common.logits(group)
+
+    def multinomial() -> Tensor:
+        p = torch.softmax(z.float(), 1)
+        index = torch.multinomial(p, 1)
+        return p.gather(1, index).log()
+
+    def gumbel() -> Tensor:
+        noisy = z.float() - torch.empty_like(z, dtype=torch.float32).exponential_().log_()
+        index = noisy.argmax(1, keepdim=True)
+        return z.gather(1, index)[:, 0] - z.float().logsumexp(1)
+
+    calls: dict[str, Call] = {
+        "torch": multinomial,
+        "torch_gumbel": gumbel,
+        **ours(group.device, lambda: fastloss.row_sample(z, seed=1)),
+    }
+    return Case(calls, (z,), z.nbytes, 0, logits_bytes=z.nbytes)
+
+
+def linear_sample(group: Group) -> Case:
+    """The same from a head, whose logits ours never has whole; "gemm" is the arithmetic alone."""
+    x, w, _ = common.head(group)
+    n, d, v = group.shape
+    out = x.new_empty(n, v)
+
+    def torch_sample() -> Tensor:
+        return torch.multinomial(torch.softmax((x @ w.T).float(), 1), 1)
+
+    calls: dict[str, Call] = {
+        "torch": torch_sample,
+        "gemm": lambda: torch.mm(x, w.T, out=out),
+        **ours(group.device, lambda: fastloss.linear_sample(x, w, seed=1)),
+    }
+    return Case(calls, (x, w), x.nbytes + w.nbytes, 2 * n * d * v, logits_bytes=n * v * x.element_size())
+
+
 CASES: dict[str, Callable[[Group], Case]] = {
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "row_stats": row_stats,
     "focal": focal,
     "region": region,
+    "sample": sample,
+    "linear_sample": linear_sample,
 }
 
 

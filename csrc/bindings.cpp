@@ -113,6 +113,25 @@ LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
           softcap};
 }
 
+RowSample row_sample_of(uintptr_t logits, uintptr_t seed, uintptr_t streams, uintptr_t index, uintptr_t logp, int64_t n,
+                        int64_t v, int64_t ld, int dtype, float scale, float softcap) {
+  return {pointer<void>(logits),
+          pointer<int64_t>(seed),
+          pointer<int64_t>(streams),
+          pointer<int64_t>(index),
+          pointer<float>(logp),
+          n,
+          v,
+          ld,
+          dtype,
+          scale,
+          softcap};
+}
+
+#define ROW_SAMPLE_KEYWORDS                                                                                            \
+  py::kw_only(), py::arg("logits"), py::arg("seed"), py::arg("streams"), py::arg("index"), py::arg("logp"),            \
+      py::arg("n"), py::arg("v"), py::arg("ld"), py::arg("dtype"), py::arg("scale"), py::arg("softcap")
+
 // One keyword for each field of RowStats, in the order of row_stats_of.
 #define ROW_STATS_KEYWORDS                                                                                             \
   py::arg("mode"), py::arg("logits"), py::arg("target"), py::arg("prob"), py::arg("column_weight"),                    \
@@ -178,6 +197,15 @@ PYBIND11_MODULE(_C, m) {
       },
       ROW_STATS_KEYWORDS, py::arg("isa"));
   m.def(
+      "row_sample_cpu",
+      [](uintptr_t logits, uintptr_t seed, uintptr_t streams, uintptr_t index, uintptr_t logp, int64_t n, int64_t v,
+         int64_t ld, int dtype, float scale, float softcap, int isa) {
+        RowSample args = row_sample_of(logits, seed, streams, index, logp, n, v, ld, dtype, scale, softcap);
+        py::gil_scoped_release release;
+        row_sample_cpu(args, isa);
+      },
+      ROW_SAMPLE_KEYWORDS, py::arg("isa"));
+  m.def(
       "linear_cross_entropy_cpu",
       [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
          uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
@@ -241,6 +269,14 @@ PYBIND11_MODULE(_C, m) {
         region_stats_cuda(args, slices, device, pointer<void>(stream));
       },
       REGION_KEYWORDS, py::arg("slices"), py::arg("device"), py::arg("stream"));
+  m.def(
+      "row_sample_cuda",
+      [](uintptr_t logits, uintptr_t seed, uintptr_t streams, uintptr_t index, uintptr_t logp, int64_t n, int64_t v,
+         int64_t ld, int dtype, float scale, float softcap, int device, uintptr_t stream) {
+        row_sample_cuda(row_sample_of(logits, seed, streams, index, logp, n, v, ld, dtype, scale, softcap), device,
+                        pointer<void>(stream));
+      },
+      ROW_SAMPLE_KEYWORDS, py::arg("device"), py::arg("stream"));
   m.def("scale_cuda", [](uintptr_t x, int dtype, int64_t n, uintptr_t factor, int device, uintptr_t stream) {
     scale_cuda(pointer<void>(x), dtype, n, pointer<float>(factor), device, pointer<void>(stream));
   });

@@ -44,4 +44,16 @@ struct RowStats {
   double margin_a, margin_b;
 };
 
+// One token drawn from each row's softmax. See docs/design.md, "Sampling", for the noise.
+struct RowSample {
+  const void *logits;     // [n][ld] dtype
+  const int64_t *seed;    // [1]
+  const int64_t *streams; // [n]: which stream of noise a row has
+  int64_t *index;         // [n]: the column drawn, or -1 where the softmax is no distribution
+  float *logp;            // [n]: its log-probability, or NaN
+  int64_t n, v, ld;
+  int dtype;
+  float scale, softcap; // z as in RowStats, but -inf stays -inf: such a column is never drawn
+};
+
 } // namespace fastloss

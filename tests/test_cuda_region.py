@@ -49,5 +49,5 @@ def test_small_cases(library: Path, case: Case) -> None:
 @pytest.mark.parametrize("variant", ["asan", "tsan"])
 def test_sanitized(variant: str) -> None:
     """Out of bounds and races."""
-    code, output = build.run_sanitized(variant, build.build(variant), module="cuda_host.regions")
+    code, output = build.run_sanitized(variant, build.build(variant), module="regions")
     assert code == 0, output

@@ -43,6 +43,9 @@ def row_cases() -> list[Case]:
     plain = (*NO_PROB, "column_weight", "temperature")
     cases = [Case("merge", "fp32", target, ALL) for target in SHARED_LIMIT]
     cases += [Case("scale", dtype, "sm_90") for dtype in ("bf16", "fp32")]
+    for target in SHARED_LIMIT:
+        cases += [Case("merge_sample", "fp32", target), Case("sample", "bf16", target)]
+        cases += [Case("sample", dtype, target, softcap=True) for dtype in ("fp16", "fp32")]
     for kernel in ("stats", "gradient", "cross_entropy"):
         for dtype, target in (
             ("bf16", "sm_80"),

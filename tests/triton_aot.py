@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from fastloss.triton_kernels import common, linear_row_stats_kernels, region_stats, row_stats_kernels, scale
+from fastloss.triton_kernels import (
+    common,
+    linear_row_stats_kernels,
+    region_stats,
+    row_sample_kernels,
+    row_stats_kernels,
+    scale,
+)
 from fastloss.triton_kernels.linear_row_stats import GROUP, Tile, count_extras, default_tile
+from fastloss.triton_kernels.row_sample import sample_block
 from fastloss.triton_kernels.row_stats import cross_entropy_block, gradient_block, statistics_block
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,7 +32,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
 
 DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz"}
-INT64 = {"target", "argmax"}
+INT64 = {"target", "argmax", "seed", "streams", "index"}
 BYTES = {"mask", "labels"}
 FLOAT = {"scale", "cap", "sharpness"}
 NEVER_ALIGNED = {"N", "splits", "ignore_index", "first_column"}  # do_not_specialize
@@ -70,6 +78,11 @@ def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     if case.kernel in ("region_stats", "region_gradient"):
         kernel = getattr(region_stats, f"{case.kernel}_kernel")
         return kernel, dict(WANT=case.want, BLOCK=region_stats.BLOCK), dict(num_warps=region_stats.WARPS)
+    if case.kernel == "sample":
+        block, warps = sample_block(v)
+        return row_sample_kernels.row_sample_kernel, dict(SOFTCAP=case.softcap, BLOCK=block), dict(num_warps=warps)
+    if case.kernel == "merge_sample":
+        return row_sample_kernels.merge_sample_kernel, dict(SPLITS=64), dict(num_warps=1)
     if case.kernel in ("linear_stats", "linear_gradient"):
         kernels = linear_row_stats_kernels
         kernel = kernels.linear_row_stats_kernel if case.kernel == "linear_stats" else kernels.linear_gradient_kernel

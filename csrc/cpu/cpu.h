@@ -10,5 +10,6 @@ int best_isa();
 const char *isa_name(int isa);
 
 void row_stats_cpu(const RowStats &args, int isa);
+void row_sample_cpu(const RowSample &args, int isa);
 
 } // namespace fastloss

@@ -42,6 +42,15 @@ void row_stats_cuda(const RowStats &, int device, void *stream);
 const char *row_terms_cuda_why_not(const RowTerms &);
 void row_terms_cuda(const RowTerms &, int device, void *stream);
 
+// How the rows of row_sample are dealt to blocks; the slices of a row are one cluster.
+struct RowSamplePlan {
+  int threads, slices;
+  int64_t rows_per_launch;
+};
+RowSamplePlan row_sample_plan(const RowSample &, const DeviceLimits &);
+void row_sample_launch(const RowSample &, const RowSamplePlan &, void *stream);
+void row_sample_cuda(const RowSample &, int device, void *stream);
+
 // x[0..n) *= *factor in place, a number on the device; where it is 1, nothing is read or written.
 void scale_cuda(void *x, int dtype, int64_t n, const float *factor, int device, void *stream);
 

@@ -27,6 +27,10 @@ def row_stats_cpu(
     prob_dtype: int, want: int, scale: float, softcap: float, margin_loss: int = 0, margin_a: float = 0,
     margin_b: float = 0, isa: int,
 ) -> None: ...  # fmt: skip
+def row_sample_cpu(
+    *, logits: int, seed: int, streams: int, index: int, logp: int, n: int, v: int, ld: int, dtype: int, scale: float,
+    softcap: float, isa: int,
+) -> None: ...  # fmt: skip
 def linear_cross_entropy_cpu(
     *, x: int, w: int, bias: int, target: int, column_weight: int, epilogue: int, stats: int, dx: int, dw: int,
     dbias: int, n: int, d: int, v: int, ldx: int, ldw: int, ignore_index: int, max_extra_bytes: int, dtype: int,
@@ -44,6 +48,10 @@ def row_stats_cuda(
     argmax: int, dlogits: int, n: int, v: int, ld: int, ld_prob: int, ld_out: int, ignore_index: int, dtype: int,
     prob_dtype: int, want: int, scale: float, softcap: float, margin_loss: int = 0, margin_a: float = 0,
     margin_b: float = 0, device: int, stream: int, upstream: int,
+) -> None: ...  # fmt: skip
+def row_sample_cuda(
+    *, logits: int, seed: int, streams: int, index: int, logp: int, n: int, v: int, ld: int, dtype: int, scale: float,
+    softcap: float, device: int, stream: int,
 ) -> None: ...  # fmt: skip
 def scale_cuda(x: int, dtype: int, n: int, factor: int, device: int, stream: int) -> None: ...
 def region_stats_cpu(

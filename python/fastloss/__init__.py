@@ -4,9 +4,11 @@ from . import functional, losses, nn, terms
 from .device_checks import check_device_targets
 from .distillation_modules import boundary_distillation, multi_aspect_distillation
 from .engine import linear_row_stats, row_stats
+from .frechet import frechet_mean, linear_frechet_mean
 from .functional import cross_entropy, linear_cross_entropy
 from .kept_memory import keep_memory
 from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
+from .predict import Sampled, TopK, linear_argmax, linear_sample, linear_topk, row_sample
 from .region_statistics import RegionStats
 from .regions import region_loss, region_stats
 from .registry import BackendError, backends, explain, use_backend
@@ -27,8 +29,10 @@ __all__ = [
     "RegionStats",
     "RowStats",
     "RowTerm",
+    "Sampled",
     "Sequences",
     "TeacherHead",
+    "TopK",
     "WideRowStats",
     "__version__",
     "backends",
@@ -36,17 +40,23 @@ __all__ = [
     "check_device_targets",
     "cross_entropy",
     "explain",
+    "frechet_mean",
     "functional",
     "keep_memory",
+    "linear_argmax",
     "linear_cross_entropy",
+    "linear_frechet_mean",
     "linear_row_loss",
     "linear_row_stats",
+    "linear_sample",
+    "linear_topk",
     "losses",
     "multi_aspect_distillation",
     "nn",
     "region_loss",
     "region_stats",
     "row_loss",
+    "row_sample",
     "row_stats",
     "segment_mean",
     "segment_sum",

@@ -82,6 +82,11 @@ class _Problem(NamedTuple):
         return None if t is None else t[part]
 
 
+def logits_in_chunks(x: Tensor, w: Tensor, bias: Tensor | None, max_extra_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits x wᵀ + bias) for callers that only read; what is yielded is overwritten by the next chunk."""
+    yield from _Problem(x, w, bias, None, None, chunk_rows(x, w, max_extra_bytes)).chunks()
+
+
 @functools.cache
 def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether addmm takes a float32 accumulator for operands of `dtype`: older torch does not, and CPUs never."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ from .policy_modules import (
 from .region_modules import AnyLoss, DiceLoss, IoULoss, RegionLoss, TverskyLoss
 from .row_loss import RowFunction, check_reduction, linear_row_loss, row_loss
 
+if TYPE_CHECKING:
+    from .spherical import SphericalLinear
+
 __all__ = [
     "AdaptiveLogSoftmaxWithLoss",
     "AnyLoss",
@@ -112,6 +115,7 @@ __all__ = [
     "SimPOLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "SphericalLinear",
     "TOPRLoss",
     "TripletMarginLoss",
     "TripletMarginWithDistanceLoss",
@@ -262,4 +266,8 @@ class LinearRowLoss(RowLoss):
 
 def __getattr__(name: str) -> Any:
     """Whatever else torch.nn has, so that swapping the import is always safe."""
+    if name == "SphericalLinear":  # on first use: it imports torch._dynamo, to be left alone by torch.compile
+        from .spherical import SphericalLinear
+
+        return SphericalLinear
     return getattr(torch.nn, name)

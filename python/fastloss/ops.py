@@ -163,5 +163,12 @@ _define(
     f"linear_row_terms_backward({_SAVED}, {_LINEAR_TERMS}, int needs=7, int max_extra_bytes=0) -> (Tensor, Tensor, Tensor)",
     _linear_row_terms_backward_fake,
 )
+_define(
+    "row_sample(Tensor logits, Tensor seed, Tensor streams, float scale=1.0, float softcap=0.0) -> (Tensor, Tensor)",
+    lambda logits, *_: (
+        logits.new_empty(logits.shape[0], dtype=torch.int64),
+        logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32)),
+    ),
+)
 
-from . import backend_cpp, backend_cuda, backend_reference, backend_triton  # noqa: E402,F401  (they register their kernels)
+from . import backend_cpp, backend_cuda, backend_reference, backend_triton, sampling  # noqa: E402,F401  (they register their kernels)

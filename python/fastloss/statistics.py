@@ -164,6 +164,12 @@ class RowStats:
         return self._row(Stat.SUMSQ) / self.vocab - (self._row(Stat.SUM) / self.vocab) ** 2
 
     @property
+    def centred_target_logit(self) -> Tensor:
+        """z_y - mean of z over the columns, at the accuracy of z - max (needs "sum", unweighted, and a target column)."""
+        self._asked(Want.SUM, "sum")
+        return (self._row(Stat.TARGET) - self.reference_point) - self._row(Stat.SUM) / self.vocab
+
+    @property
     def tempered_lse(self) -> Tensor:
         """LSE(z / T) over all columns, T the row's temperature."""
         self._asked(Want.TEMPERED, "tempered_lse")

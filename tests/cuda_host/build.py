@@ -106,15 +106,15 @@ def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | 
 def load(path: Path) -> ctypes.CDLL:
     """The library, with the types of what it returns."""
     library = ctypes.CDLL(str(path))
-    for name in ("c_launch", "c_region_stats", "c_run", "c_scale", "c_why_not"):
+    for name in ("c_launch", "c_region_stats", "c_run", "c_sample", "c_sample_run", "c_scale", "c_why_not"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
 
 def run_sanitized(
-    variant: str, library: Path, *arguments: str, order: str = "asc", module: str = "cuda_host.rows"
+    variant: str, library: Path, *arguments: str, order: str = "asc", module: str = "rows"
 ) -> tuple[int, str]:
-    """Runs `python -m MODULE LIBRARY ARGUMENTS` with the sanitizer's runtime preloaded: python itself has none."""
+    """Runs `python -m cuda_host.MODULE LIBRARY ARGUMENTS` with the sanitizer's runtime preloaded: python itself has none."""
     found = subprocess.run(["g++", f"-print-file-name=lib{variant}.so"], capture_output=True, text=True, check=True)
     env = {
         **os.environ,
@@ -125,6 +125,6 @@ def run_sanitized(
         "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_thread_leaks=0",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", module, str(library), *arguments]
+    command = [sys.executable, "-m", f"cuda_host.{module}", str(library), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr

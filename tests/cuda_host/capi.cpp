@@ -33,6 +33,13 @@ const char *c_run(const fastloss::RowStats *p, const fastloss::DeviceLimits *dev
 void c_plan(const fastloss::RowStats *p, const fastloss::DeviceLimits *device, fastloss::RowStatsPlan *plan) {
   *plan = fastloss::row_stats_plan(*p, *device);
 }
+const char *c_sample(const fastloss::RowSample *p, const fastloss::RowSamplePlan *plan) {
+  return guard([&] { fastloss::row_sample_launch(*p, *plan, nullptr); });
+}
+const char *c_sample_run(const fastloss::RowSample *p, const fastloss::DeviceLimits *device) {
+  limits = *device;
+  return guard([&] { fastloss::row_sample_cuda(*p, 0, nullptr); });
+}
 const char *c_scale(void *x, int dtype, int64_t n, const float *factor, const fastloss::DeviceLimits *device) {
   limits = *device;
   return guard([&] { fastloss::scale_cuda(x, dtype, n, factor, 0, nullptr); });

@@ -47,6 +47,7 @@ from .distillation import (
     teacher_cross_entropy,
     total_variation,
 )
+from .electra import electra_replace, replaced_token_detection
 from .entropy import brier, confidence_penalty, entropy_bonus, lse_penalty, max_entropy, tsallis_entropy
 from .focal import adaptive_focal, focal, unlikelihood
 from .kl import kl_corrected_k3, kl_k1, kl_k2, kl_k3, kl_low_var
@@ -83,11 +84,13 @@ from .router import dynmole_entropy, dynmole_load_balance, dynmole_routing, load
 from .sequences import approximate_likelihood, chunk_logp, edit_invariant, target_logp
 from .simplex import soft_top_k, sparse_projection
 from .sparse_distillation import plackett_luce, plackett_luce_order, sparse_forward_kl
+from .spherical import Moments, log_spherical_softmax, log_taylor_softmax, one_hot_mse, z_normalized_loss
 from .values import bin_centres, bin_readout, hl_gauss, two_hot, two_hot_columns
 
 __all__ = [
     "AdaptiveLambda",
     "EarlyLearningTargets",
+    "Moments",
     "Operands",
     "adaptive_focal",
     "aggregate",
@@ -124,6 +127,7 @@ __all__ = [
     "dynmole_routing",
     "early_learning",
     "edit_invariant",
+    "electra_replace",
     "ensemble_loss",
     "entropy_bonus",
     "exponential_map",
@@ -156,6 +160,8 @@ __all__ = [
     "ldr_kl",
     "load_balance",
     "log_cosh",
+    "log_spherical_softmax",
+    "log_taylor_softmax",
     "logistic",
     "logit_margin",
     "loss_reweighted",
@@ -172,6 +178,7 @@ __all__ = [
     "mobius_add",
     "multi_sample_dropout",
     "normalized_cross_entropy",
+    "one_hot_mse",
     "operands",
     "opmd",
     "opmd_advantage",
@@ -194,6 +201,7 @@ __all__ = [
     "rec",
     "rec_advantage",
     "region_bce",
+    "replaced_token_detection",
     "repri",
     "reverse_kl",
     "router_z_loss",
@@ -224,4 +232,5 @@ __all__ = [
     "two_hot_columns",
     "unlikelihood",
     "weak_to_strong_confidence",
+    "z_normalized_loss",
 ]
