@@ -694,7 +694,9 @@ def test_parameters_of_losses() -> None:
             losses.z_normalized_loss(s, **bad)
     with pytest.raises(ValueError, match="eps"):
         losses.log_spherical_softmax(s, eps=-1.0)
+    ignored = fastloss.row_stats(z, y.index_fill(0, torch.tensor([2]), -100), stats=("sum", "sumsq"))
     for ours, _ in LOSSES.values():
+        assert ours(ignored)[2] == 0
         with pytest.raises(ValueError, match="probabilities"):
             fastloss.row_loss(z, z.softmax(-1), ours)
         with pytest.raises(ValueError, match="got none"):
