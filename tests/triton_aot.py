@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from fastloss.triton_kernels import common, linear_row_stats_kernels, row_stats_kernels, scale
+from fastloss.triton_kernels import (
+    common,
+    linear_row_stats_kernels,
+    row_stats_kernels,
+    row_terms,
+    row_terms_gradient,
+    row_terms_kernels,
+    scale,
+)
 from fastloss.triton_kernels.linear_row_stats import GROUP, Tile, count_extras, default_tile
 from fastloss.triton_kernels.row_stats import cross_entropy_block, gradient_block, statistics_block
 from triton.backends.compiler import GPUTarget
@@ -23,9 +31,9 @@ ALL = 31  # every bit of `want`
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
 
-DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz"}
-INT64 = {"target", "argmax"}
-FLOAT = {"scale", "cap"}
+DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz", "teacher"}
+POINTEE = {"target": "i64", "argmax": "i64", "listed": "i64", "part_index": "i32", "subset": "u8"}
+FLOAT = {"scale", "cap", "a", "b", "c"}
 NEVER_ALIGNED = {"N", "splits", "ignore_index", "first_column"}  # do_not_specialize
 
 
@@ -40,10 +48,16 @@ class Case(NamedTuple):
     absent: tuple[str, ...] = ()  # optional tensors that are not given
     tma: bool = False
     tile: Tile | None = None  # instead of the launcher's choice
+    term: int = 0
+    listed: int = 0  # columns
+    splits: int = 1
 
     def __str__(self) -> str:
         extra = f"want{self.want}" + ("-softcap" if self.softcap else "") + ("-tma" if self.tma else "")
         soft = "-prob" if "target" in self.absent else ""
+        if self.kernel.startswith("terms"):
+            extra += f"-term{self.term}-listed{self.listed}-splits{self.splits}"
+            extra += "".join(f"-no_{name}" for name in self.absent)
         return f"{self.kernel}-{extra}{soft}-{self.dtype}-{self.target}"
 
 
@@ -66,6 +80,8 @@ def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         return common.merge_kernel, dict(WANT=case.want, SOFT=False, BLOCK=128), dict(num_warps=4)
     if case.kernel == "scale":
         return scale.scale_kernel, dict(BLOCK=scale.BLOCK), dict(num_warps=8)
+    if case.kernel in ("terms_scan", "terms", "terms_gradient"):
+        return terms_options(case, v, size)
     if case.kernel in ("linear_stats", "linear_gradient"):
         kernels = linear_row_stats_kernels
         kernel = kernels.linear_row_stats_kernel if case.kernel == "linear_stats" else kernels.linear_gradient_kernel
@@ -81,6 +97,24 @@ def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         "cross_entropy": (kernels.row_cross_entropy_kernel, cross_entropy_block(v, size, rich)),
     }[case.kernel]
     return kernel, dict(meta, BLOCK=block), dict(num_warps=warps)
+
+
+def terms_options(case: Case, v: int, size: int) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    meta: dict[str, Any] = dict(SOFTCAP=case.softcap, WANT=case.want, K=case.listed)
+    if case.kernel == "terms_gradient":
+        block, warps = row_terms.gradient_block(v)
+        return (
+            row_terms_gradient.row_terms_gradient_kernel,
+            dict(meta, TERM=case.term, BLOCK=block),
+            dict(num_warps=warps),
+        )
+    meta["WANT"] = row_terms.complete(case.want, case.term)
+    block, warps = row_terms.terms_block(v, size, case.splits)
+    meta.update(SPLITS=case.splits, BLOCK=block)
+    if case.kernel == "terms_scan":
+        return row_terms_kernels.row_terms_scan_kernel, meta, dict(num_warps=warps)
+    meta.update(TERM=case.term, K_BLOCK=triton.next_power_of_2(max(case.listed, 1)))
+    return row_terms_kernels.row_terms_kernel, meta, dict(num_warps=warps)
 
 
 def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
@@ -103,10 +137,7 @@ def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
         ):
             signature[name] = "i32"
         else:
-            pointee = (
-                case.dtype if name in DATA else "i64" if name in INT64 else "i32" if name == "part_index" else "fp32"
-            )
-            signature[name] = "*" + pointee
+            signature[name] = "*" + (case.dtype if name in DATA else POINTEE.get(name, "fp32"))
         if (signature[name] == "i32" and name not in NEVER_ALIGNED) or signature[name].startswith("*"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
