@@ -57,7 +57,7 @@ class Case(NamedTuple):
         soft = "-prob" if "target" in self.absent else ""
         if self.kernel.startswith("terms"):
             extra += f"-term{self.term}-listed{self.listed}-splits{self.splits}"
-            extra += "".join(f"-no_{name}" for name in self.absent)
+            extra += "".join(f"-no_{name}" for name in self.absent if name not in ("part", "part_index"))
         return f"{self.kernel}-{extra}{soft}-{self.dtype}-{self.target}"
 
 
@@ -109,7 +109,7 @@ def terms_options(case: Case, v: int, size: int) -> tuple[Any, dict[str, Any], d
             dict(num_warps=warps),
         )
     meta["WANT"] = row_terms.complete(case.want, case.term)
-    block, warps = row_terms.terms_block(v, size, case.splits)
+    block, warps = row_terms.terms_block(v, size, case.want, case.splits)
     meta.update(SPLITS=case.splits, BLOCK=block)
     if case.kernel == "terms_scan":
         return row_terms_kernels.row_terms_scan_kernel, meta, dict(num_warps=warps)

@@ -29,11 +29,16 @@ from .term_functions import LOG_COSH, SCORE_MEAN, TEACHER, TERM_SUM
 SUMS = slice(MEAN.value, SQUARES.value + 1), slice(MEAN_OF_TEACHER.value, TEACHER_SLOPE.value + 1)
 
 
-def terms_block(v: int, item_size: int, splits: int) -> tuple[int, int]:
-    """(columns a step, warps): a long row that has one program gets a multiprocessor, so that the rows in work fit in L2."""
+def terms_block(v: int, item_size: int, want: int, splits: int) -> tuple[int, int]:
+    """(columns a step, warps): a long row that has one program gets a multiprocessor, so that the rows in work fit in L2.
+
+    8 columns a thread; 4 where more than two statistics bring their sums along.
+    """
+    narrow = (want & SECOND_PASS.value).bit_count() > 2
     if splits == 1 and v * item_size >= LONG_ROW:
-        return 4096, 16
-    return block_of(v, True, 2048)
+        return (2048 if narrow else 8192 // item_size), 16
+    block = min(1024 if narrow else 2048, triton.next_power_of_2(max(v, 32)))
+    return block, max(1, min(8, block // (128 if narrow else 256)))
 
 
 def gradient_block(v: int) -> tuple[int, int]:
@@ -81,8 +86,8 @@ def row_terms(
     """stats [17 + K, N] and argmax [N] (empty unless wanted)."""
     n, v = logits.shape
     given = Inputs(logits, listed, teacher, value, subset, temperature)
-    splits = splits or triton.next_power_of_2(split_count(n, v, block or terms_block(v, 4, 2)[0]))
-    default_block, warps = terms_block(v, logits.element_size(), splits)
+    splits = splits or triton.next_power_of_2(split_count(n, v, block or terms_block(v, 4, want, 2)[0]))
+    default_block, warps = terms_block(v, logits.element_size(), want, splits)
     stats = torch.zeros(LISTED.value + given.k, n, dtype=torch.float32, device=logits.device)
     argmax = torch.full((n if want & ARGMAX.value else 0,), -1, dtype=torch.int64, device=logits.device)
     shared = dict(
