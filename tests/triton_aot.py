@@ -17,6 +17,7 @@ from fastloss.triton_kernels import (
     row_terms,
     row_terms_gradient,
     row_terms_kernels,
+    row_terms_scan,
     scale,
 )
 from fastloss.triton_kernels.linear_row_stats import GROUP, Tile, count_extras, default_tile
@@ -112,7 +113,7 @@ def terms_options(case: Case, v: int, size: int) -> tuple[Any, dict[str, Any], d
     block, warps = row_terms.terms_block(v, size, case.want, case.splits)
     meta.update(SPLITS=case.splits, BLOCK=block)
     if case.kernel == "terms_scan":
-        return row_terms_kernels.row_terms_scan_kernel, meta, dict(num_warps=warps)
+        return row_terms_scan.row_terms_scan_kernel, meta, dict(num_warps=warps)
     meta.update(TERM=case.term, K_BLOCK=triton.next_power_of_2(max(case.listed, 1)))
     return row_terms_kernels.row_terms_kernel, meta, dict(num_warps=warps)
 

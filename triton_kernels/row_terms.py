@@ -15,14 +15,13 @@ from .row_terms_kernels import (
     LISTED,
     MEAN,
     MEAN_OF_TEACHER,
-    NUM_PARTS,
     SECOND_PASS,
     SQUARES,
     SUBSET_MAX,
     TEACHER_SLOPE,
     row_terms_kernel,
-    row_terms_scan_kernel,
 )
+from .row_terms_scan import NUM_PARTS, row_terms_scan_kernel
 from .term_functions import LOG_COSH, SCORE_MEAN, TEACHER, TERM_SUM
 
 #: Rows of the table that pass 2 sums over the splits of a row.

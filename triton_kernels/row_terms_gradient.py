@@ -5,18 +5,8 @@ import triton.language as tl
 
 from .common import ARGMAX, ENTROPY, SUM, SUMSQ, absent_if_empty, exp, finite
 from .row_stats_kernels import scores
-from .row_terms_kernels import (
-    ALL_LOGSUM,
-    ALL_MAX,
-    SUBSET_MAX,
-    TEACHER_LOGSUM,
-    TEACHER_MAX,
-    inverse_temperature,
-    is_ignored,
-    listed_columns,
-    row_pointer,
-    teacher_scores,
-)
+from .row_terms_kernels import ALL_LOGSUM, ALL_MAX, SUBSET_MAX, TEACHER_LOGSUM, TEACHER_MAX
+from .row_terms_scan import inverse_temperature, is_ignored, listed_columns, row_pointer, teacher_scores
 from .term_functions import (
     LOG_COSH,
     SCORE_MEAN,

@@ -303,13 +303,13 @@ def test_empty_and_what_is_refused() -> None:
 
 
 FAULTS = {
-    "rest keeps a listed column": ("row_terms_kernels.py", "rest = tl.where(c == column, NEG_INF, rest)", "rest = rest"),
+    "rest keeps a listed column": ("row_terms_scan.py", "rest = tl.where(c == column, NEG_INF, rest)", "rest = rest"),
     "a repetition counts twice": ("row_terms_kernels.py", "tl.sum(earlier.to(tl.int32), 1) > 0", "column < -5"),
-    "temperature forgotten in the merge": ("row_terms_kernels.py", "merge_pair(part + at + P_TEACHER * n, n, inverse_t)",
+    "temperature forgotten in the merge": ("row_terms_scan.py", "merge_pair(part + at + P_TEACHER * n, n, inverse_t)",
                                            "merge_pair(part + at + P_TEACHER * n, n, 1.0)"),
-    "a wide id wraps": ("row_terms_kernels.py", "tl.where(given & (y < V), y, -1).to(tl.int32)",
+    "a wide id wraps": ("row_terms_scan.py", "tl.where(given & (y < V), y, -1).to(tl.int32)",
                         "tl.where(given, y.to(tl.int32), -1).to(tl.int32)"),
-    "last block read twice": ("row_terms_kernels.py", "tl.minimum(split * each + each, blocks)", "split * each + each + 1"),
+    "last block read twice": ("row_terms_scan.py", "tl.minimum(split * each + each, blocks)", "split * each + each + 1"),
     "padding in a sum": ("row_terms_kernels.py", "total += tl.where(inside, d, 0.0)", "total += d"),
     "the other slope": ("term_functions.py", "1.0 - third, TERM)\n", "third, TERM)\n"),
     "pi of a listed column": ("row_terms_gradient.py", "pi = tl.where(here, 0.0, pi)", "pi = pi"),
