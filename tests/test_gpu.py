@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.contract import NUM_COEFS, NUM_EPILOGUES, Coef, Want
+from fastloss.contract import NUM_COEFS, NUM_EPILOGUES, Coef, Term, TermCoef, TermStat, Want
 from hard_rows import ROWS, hard_rows
 from tolerance import check_close, check_gradient
 
@@ -70,6 +70,66 @@ def test_rows(forward: str, backward: str, kind: str, dtype: torch.dtype) -> Non
         assert torch.equal(argmax, top)
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(dz.double(), dtruth, rtol=eps + 1e-5, atol=eps * 0.1 + 2e-5)
+
+
+TERMS_ON_GPU = [b for b in BACKENDS if b in fastloss.registry.backends("row_terms")]
+EVERY_TERM = int(ALL & ~Want.TEMPERED | Want.TEACHER | Want.TEACHER_MEAN | Want.SCORE_MEAN | Want.TERM | Want.SUBSET)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("term", [Term.KL, Term.MIXTURE, Term.TOTAL_VARIATION, Term.LOG_COSH, Term.BCE_LOGITS])
+@pytest.mark.parametrize("forward, backward", list(itertools.product(TERMS_ON_GPU, TERMS_ON_GPU)))
+def test_terms(forward: str, backward: str, term: Term, dtype: torch.dtype) -> None:
+    """Any forward with any backward of row_terms, all statistics, on rows that are whole and rows that are split."""
+    available(forward), available(backward)
+    sizes = ((1, 1, 1), (3, 37, 0), (700, 5003, 3), (2, 131072, 2), (600, 65536, 1))
+    for n, v, k in sizes[term == Term.TOTAL_VARIATION :]:  # of one column p = q, and the sign of p - q is rounding
+        z, t = ((torch.randn(n, v, device="cuda") * 2).to(dtype) for _ in range(2))
+        listed = torch.randint(0, v, (n, k), device="cuda") if k else None
+        if listed is not None and n > 2:
+            listed[2, 0] = -100
+        warm = torch.rand(n, device="cuda") + 0.5 if v < 65536 else None
+        args = (listed, t, None, torch.rand(v, device="cuda") < 0.3, warm)
+        tail = (-100, EVERY_TERM, 0.7, 6.0, int(term), 0.7, 0.4, 0.3)
+        coef = torch.randn(TermCoef.LISTED + k, n, device="cuda")
+        with fastloss.use_backend(forward):
+            stats, argmax = OPS.row_terms(z, *args, *tail)
+        with fastloss.use_backend(backward):
+            dz = OPS.row_terms_backward(coef, stats, argmax, z, *args, *tail)
+        few = slice(0, 8)  # float64 of all rows would not fit
+        args = (
+            *(a[few] if a is not None else None for a in args[:2]),
+            None,
+            args[3],
+            None if warm is None else warm[few],
+        )
+        with fastloss.use_backend("reference"):
+            truth, top = OPS.row_terms(z[few].double(), *wide(*args), *tail)
+            dtruth = OPS.row_terms_backward(coef[:, few].double(), truth, top, z[few].double(), *wide(*args), *tail)
+        torch.testing.assert_close(stats[:, few].double(), truth, rtol=1e-5, atol=1e-5 * max(1, v**0.5))
+        assert torch.equal(argmax[few], top)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(dz[few].double(), dtruth, rtol=eps + 1e-5, atol=eps * 0.1 + 4e-5)
+
+
+@pytest.mark.parametrize("backend", TERMS_ON_GPU[:1])
+def test_terms_with_generated_targets(backend: str) -> None:
+    """HL-Gauss: the row's probabilities are made in the kernel, by erf and its complement of the device."""
+    available(backend)
+    z, value = torch.randn(300, 101, device="cuda"), torch.rand(300, device="cuda") * 24 - 12
+    args = (-100, int(Want.SCORE_MEAN), 1.0, 0.0, 0, -10.0, 20 / 101, 0.15)
+    coef = torch.zeros(TermCoef.LISTED, 300, device="cuda")
+    coef[TermCoef.TEACHER] = 1
+    with fastloss.use_backend(backend):
+        stats, argmax = OPS.row_terms(z, None, None, value, None, None, *args)
+        q = OPS.row_terms_backward(coef, stats, argmax, z, None, None, value, None, None, *args)
+    with fastloss.use_backend("reference"):
+        truth, _ = OPS.row_terms(z.double(), None, None, value.double(), None, None, *args)
+        p = OPS.row_terms_backward(
+            coef.double(), truth, argmax, z.double(), None, None, value.double(), None, None, *args
+        )
+    torch.testing.assert_close(stats[TermStat.SCORE_MEAN].double(), truth[TermStat.SCORE_MEAN], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(q.double(), p, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

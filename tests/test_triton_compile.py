@@ -16,7 +16,8 @@ from triton_aot import ALL, SHARED_LIMIT, Case, Cost, compile_case
 LINEAR = ("linear_stats", "linear_gradient")
 NO_EXTRAS = ("bias", "dbias", "column_weight", "temperature", "lift")
 NO_PROB, NO_TARGET = ("prob",), ("target",)
-ENTROPY_AND_SUM, TEMPERED = 3, 8
+ENTROPY_AND_SUM, TEMPERED, SCORE_MEAN, TERM = 3, 8, 128, 256
+EVERY_TERM = 1 | 2 | 4 | 16 | 32 | 64 | 128 | 256 | 512
 
 #: Bytes that a build may spill, and why.
 MAY_SPILL = {
@@ -77,7 +78,27 @@ def pointwise_cases() -> list[Case]:
     return cases + [Case("pointwise", "fp32", target, absent=("partial",)) for target in SHARED_LIMIT]
 
 
-CASES = linear_cases() + row_cases() + region_cases() + pointwise_cases()
+def term_cases() -> list[Case]:
+    """Distillation as it is called, every term once, every statistic at once, generated targets, nothing but listed columns."""
+    cases = []
+    plain, parts = ("listed", "value", "subset"), ("part", "part_index")
+    for target in SHARED_LIMIT:
+        cases.append(Case("terms", "bf16", target, TERM, absent=(*plain, *parts), term=1))
+        cases.append(Case("terms_gradient", "bf16", target, TERM, absent=plain, term=1))
+        cases.append(Case("terms", "bf16", target, EVERY_TERM, True, absent=("value", *parts), term=2, listed=3))
+        cases.append(Case("terms_gradient", "bf16", target, EVERY_TERM, True, absent=("value",), term=2, listed=3))
+    for kernel, absent in (("terms", parts), ("terms_gradient", ())):
+        cases.append(Case(kernel, "bf16", "sm_90", TERM, absent=(*plain, "temperature", *absent), term=1))
+        cases.append(Case(kernel, "fp32", "sm_90", EVERY_TERM, True, absent=("value", *absent), term=2, listed=3))
+        cases += [Case(kernel, "fp32", "sm_90", TERM, absent=(*plain, *absent), term=term) for term in range(2, 7)]
+        cases.append(Case(kernel, "fp32", "sm_90", SCORE_MEAN, absent=("listed", "teacher", "subset", *absent)))
+        cases.append(Case(kernel, "bf16", "sm_90", absent=("teacher", *plain[1:], "temperature", *absent), listed=3))
+    for kernel in ("terms_scan", "terms"):
+        cases.append(Case(kernel, "bf16", "sm_90", EVERY_TERM, True, absent=("value",), term=2, listed=3, splits=64))
+    return cases
+
+
+CASES = linear_cases() + row_cases() + region_cases() + pointwise_cases() + term_cases()
 TOO_LARGE = Case("linear_stats", "bf16", "sm_90", ALL, True, ("lift",), True, Tile(128, 256, 64, 8, 3))
 
 

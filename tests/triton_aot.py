@@ -17,6 +17,10 @@ from fastloss.triton_kernels import (
     region_stats,
     row_sample_kernels,
     row_stats_kernels,
+    row_terms,
+    row_terms_gradient,
+    row_terms_kernels,
+    row_terms_scan,
     scale,
 )
 from fastloss.triton_kernels.linear_row_stats import GROUP, Tile, count_extras, default_tile
@@ -32,29 +36,13 @@ ALL = 31  # every bit of `want`
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
 
-DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz"}
+DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz", "teacher"}
 ELEMENTS = {"input", "labels", "weight", "pos_weight", "upstream", "values", "dinput"}  # of pointwise_loss
-INT64 = {"target", "argmax", "seed", "streams", "index"}
+INT64 = {"target", "argmax", "seed", "streams", "index", "listed"}
 BYTES = {"mask", "labels"}
-FLOAT = {"scale", "cap", "sharpness", "share"}
-COUNTS = {
-    "splits",
-    "ignore_index",
-    "first_column",
-    "width",
-    "count",
-    "mask_share",
-    "weight_period",
-    "pos_weight_period",
-}
-NEVER_ALIGNED = {
-    "N",
-    "splits",
-    "ignore_index",
-    "first_column",
-    "weight_period",
-    "pos_weight_period",
-}  # do_not_specialize
+FLOAT = {"scale", "cap", "sharpness", "share", "a", "b", "c"}
+COUNTS = set("splits ignore_index first_column width count mask_share weight_period pos_weight_period".split())
+NEVER_ALIGNED = set("N splits ignore_index first_column weight_period pos_weight_period".split())  # do_not_specialize
 
 
 class Case(NamedTuple):
@@ -68,10 +56,16 @@ class Case(NamedTuple):
     absent: tuple[str, ...] = ()  # optional tensors that are not given
     tma: bool = False
     tile: Tile | None = None  # instead of the launcher's choice
+    term: int = 0
+    listed: int = 0  # columns
+    splits: int = 1
 
     def __str__(self) -> str:
         extra = f"want{self.want}" + ("-softcap" if self.softcap else "") + ("-tma" if self.tma else "")
         soft = "-prob" if "target" in self.absent else ""
+        if self.kernel.startswith("terms"):
+            extra += f"-term{self.term}-listed{self.listed}-splits{self.splits}"
+            extra += "".join(f"-no_{name}" for name in self.absent if name not in ("part", "part_index"))
         return f"{self.kernel}-{extra}{soft}-{self.dtype}-{self.target}"
 
 
@@ -107,6 +101,8 @@ def options(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     ):  # `want` is the kind of loss; weights that are repeated, an upstream gradient for each
         meta = dict(WEIGHT=2, POS_WEIGHT=1, KIND=case.want, EACH=True, UNLESS_ONE=False, BLOCK=pointwise_loss.BLOCK)
         return pointwise_loss.pointwise_kernel, meta, dict(num_warps=pointwise_loss.WARPS)
+    if case.kernel in ("terms_scan", "terms", "terms_gradient"):
+        return terms_options(case, v, size)
     if case.kernel in ("linear_stats", "linear_gradient"):
         kernels = linear_row_stats_kernels
         kernel = kernels.linear_row_stats_kernel if case.kernel == "linear_stats" else kernels.linear_gradient_kernel
@@ -131,7 +127,25 @@ def _pointee(case: Case, name: str) -> str:
         return "i64"
     if name in BYTES:
         return "i8"
-    return "i32" if name == "part_index" else "fp32"
+    return {"part_index": "i32", "subset": "u8"}.get(name, "fp32")
+
+
+def terms_options(case: Case, v: int, size: int) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    meta: dict[str, Any] = dict(SOFTCAP=case.softcap, WANT=case.want, K=case.listed)
+    if case.kernel == "terms_gradient":
+        block, warps = row_terms.gradient_block(v)
+        return (
+            row_terms_gradient.row_terms_gradient_kernel,
+            dict(meta, TERM=case.term, BLOCK=block),
+            dict(num_warps=warps),
+        )
+    meta["WANT"] = row_terms.complete(case.want, case.term)
+    block, warps = row_terms.terms_block(v, size, case.want, case.splits)
+    meta.update(SPLITS=case.splits, BLOCK=block)
+    if case.kernel == "terms_scan":
+        return row_terms_scan.row_terms_scan_kernel, meta, dict(num_warps=warps)
+    meta.update(TERM=case.term, K_BLOCK=triton.next_power_of_2(max(case.listed, 1)))
+    return row_terms_kernels.row_terms_kernel, meta, dict(num_warps=warps)
 
 
 def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .chunked import Chunked, RowKernels
 from .compiled import why_not_linear, why_not_rows
 from .compiled_pointwise import why_not_pointwise, why_not_upstream
+from .contract import Want
 from .device_checks import check_targets
 from .registry import kernel
 
@@ -165,3 +166,28 @@ def pointwise_loss_backward_unless_one_(dinput: Tensor, upstream: Tensor, *args:
     from .triton_kernels import pointwise_loss as kernels
 
     kernels.pointwise_loss_backward(upstream.float(), *args, out=dinput, unless_one=True)
+
+
+def _why_not_terms(
+    logits: Tensor, listed: Tensor | None, teacher: Tensor | None, value: Tensor | None, subset: Tensor | None,
+    temperature: Tensor | None, ignore_index: int, want: int, *_: Any,
+) -> str | None:  # fmt: skip
+    if value is not None and (teacher is not None or want & Want.TERM):
+        return "takes target values without a teacher and without a term, whose numbers a, b, c they share"
+    if teacher is not None and teacher.stride(-1) != 1 and teacher.shape[-1] > 1:
+        return f"takes a teacher whose last dimension is contiguous, got strides {tuple(teacher.stride())}"
+    return _missing(logits) or why_not_rows(logits, None)
+
+
+@kernel("row_terms", "triton", _why_not_terms)
+def row_terms(*args: Any) -> tuple[Tensor, Tensor]:
+    from .triton_kernels import row_terms as kernels
+
+    return kernels.row_terms(*args)
+
+
+@kernel("row_terms_backward", "triton", lambda coef, stats, argmax, *a: _why_not_terms(*a))
+def row_terms_backward(*args: Any, out: Tensor | None = None) -> Tensor:
+    from .triton_kernels import row_terms as kernels
+
+    return kernels.row_terms_backward(*args, out=out)

@@ -116,7 +116,7 @@ def _example(device: str, dtype: str) -> dict[str, Any]:
         "grad_weight": new(CLASSES, FEATURES), "dlogits": new(ROWS, CLASSES, kind=dtype), "upstream": new(),
         "factor": new(), "input": new(ROWS, CLASSES, kind=dtype), "labels": new(ROWS, CLASSES, kind=dtype),
         "dinput": new(ROWS, CLASSES, kind=dtype),
-        "factor": new(), "seed": new(kind="int64"), "streams": new(ROWS, kind="int64"),
+        "seed": new(kind="int64"), "streams": new(ROWS, kind="int64"),
     }  # fmt: skip
 
 
