@@ -31,7 +31,8 @@ struct Memory {
 RowStats row_stats_of(int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight,
                       uintptr_t temperature, uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits,
                       int64_t n, int64_t v, int64_t ld, int64_t ld_prob, int64_t ld_out, int64_t ignore_index,
-                      int dtype, int prob_dtype, int want, float scale, float softcap) {
+                      int dtype, int prob_dtype, int want, float scale, float softcap, int margin_loss, float margin_a,
+                      float margin_b) {
   return {pointer<void>(logits),
           pointer<int64_t>(target),
           pointer<void>(prob),
@@ -53,7 +54,10 @@ RowStats row_stats_of(int mode, uintptr_t logits, uintptr_t target, uintptr_t pr
           want,
           scale,
           softcap,
-          nullptr};
+          nullptr,
+          margin_loss,
+          margin_a,
+          margin_b};
 }
 
 } // namespace
@@ -61,7 +65,8 @@ RowStats row_stats_of(int mode, uintptr_t logits, uintptr_t target, uintptr_t pr
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
                              int64_t n, int64_t d, int64_t v, int64_t ldx, int64_t ldw, int64_t ignore_index,
-                             int64_t max_extra_bytes, int dtype, int want, float scale, float softcap) {
+                             int64_t max_extra_bytes, int dtype, int want, float scale, float softcap, int margin_loss,
+                             float margin_a, float margin_b) {
   return {pointer<void>(x),
           pointer<void>(w),
           pointer<float>(bias),
@@ -82,6 +87,9 @@ LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
           max_extra_bytes,
           dtype,
           want,
+          margin_loss,
+          margin_a,
+          margin_b,
           scale,
           softcap};
 }
@@ -125,14 +133,16 @@ RowTerms row_terms_of(uintptr_t logits, uintptr_t listed, uintptr_t teacher, uin
   py::arg("mode"), py::arg("logits"), py::arg("target"), py::arg("prob"), py::arg("column_weight"),                    \
       py::arg("temperature"), py::arg("row"), py::arg("stats"), py::arg("argmax"), py::arg("dlogits"), py::arg("n"),   \
       py::arg("v"), py::arg("ld"), py::arg("ld_prob"), py::arg("ld_out"), py::arg("ignore_index"), py::arg("dtype"),   \
-      py::arg("prob_dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap")
+      py::arg("prob_dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"), py::kw_only(),                     \
+      py::arg("margin_loss") = 0, py::arg("margin_a") = 0.f, py::arg("margin_b") = 0.f
 
 // And of LinearCrossEntropy.
 #define LINEAR_KEYWORDS                                                                                                \
   py::kw_only(), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("target"), py::arg("column_weight"),             \
       py::arg("epilogue"), py::arg("stats"), py::arg("dx"), py::arg("dw"), py::arg("dbias"), py::arg("n"),             \
       py::arg("d"), py::arg("v"), py::arg("ldx"), py::arg("ldw"), py::arg("ignore_index"), py::arg("max_extra_bytes"), \
-      py::arg("dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"), py::arg("isa")
+      py::arg("dtype"), py::arg("want"), py::arg("scale"), py::arg("softcap"),                                         \
+      py::arg("margin_loss") = 0, py::arg("margin_a") = 0.f, py::arg("margin_b") = 0.f, py::arg("isa")
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Memory>(m, "Memory", py::buffer_protocol())
@@ -175,10 +185,10 @@ PYBIND11_MODULE(_C, m) {
       [](int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight, uintptr_t temperature,
          uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits, int64_t n, int64_t v, int64_t ld,
          int64_t ld_prob, int64_t ld_out, int64_t ignore_index, int dtype, int prob_dtype, int want, float scale,
-         float softcap, int isa) {
-        RowStats args =
-            row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax, dlogits, n, v, ld,
-                         ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale, softcap);
+         float softcap, int margin_loss, float margin_a, float margin_b, int isa) {
+        RowStats args = row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax,
+                                     dlogits, n, v, ld, ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale,
+                                     softcap, margin_loss, margin_a, margin_b);
         py::gil_scoped_release release;
         row_stats_cpu(args, isa);
       },
@@ -188,9 +198,10 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
          uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
          int64_t ldw, int64_t ignore_index, int64_t max_extra_bytes, int dtype, int want, float scale, float softcap,
-         int isa) {
-        LinearCrossEntropy args = linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias, n, d, v,
-                                            ldx, ldw, ignore_index, max_extra_bytes, dtype, want, scale, softcap);
+         int margin_loss, float margin_a, float margin_b, int isa) {
+        LinearCrossEntropy args =
+            linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias, n, d, v, ldx, ldw,
+                      ignore_index, max_extra_bytes, dtype, want, scale, softcap, margin_loss, margin_a, margin_b);
         py::gil_scoped_release release;
         linear_cross_entropy_cpu(args, isa);
       },
@@ -200,10 +211,10 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight, uintptr_t epilogue,
          uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias, int64_t n, int64_t d, int64_t v, int64_t ldx,
          int64_t ldw, int64_t ignore_index, int64_t max_extra_bytes, int dtype, int want, float scale, float softcap,
-         int isa) {
+         int margin_loss, float margin_a, float margin_b, int isa) {
         return linear_cross_entropy_why_not(linear_of(x, w, bias, target, column_weight, epilogue, stats, dx, dw, dbias,
                                                       n, d, v, ldx, ldw, ignore_index, max_extra_bytes, dtype, want,
-                                                      scale, softcap),
+                                                      scale, softcap, margin_loss, margin_a, margin_b),
                                             isa);
       },
       LINEAR_KEYWORDS);
@@ -224,10 +235,11 @@ PYBIND11_MODULE(_C, m) {
       [](int mode, uintptr_t logits, uintptr_t target, uintptr_t prob, uintptr_t column_weight, uintptr_t temperature,
          uintptr_t row, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits, int64_t n, int64_t v, int64_t ld,
          int64_t ld_prob, int64_t ld_out, int64_t ignore_index, int dtype, int prob_dtype, int want, float scale,
-         float softcap, int device, uintptr_t stream, uintptr_t upstream) {
-        RowStats args =
-            row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax, dlogits, n, v, ld,
-                         ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale, softcap);
+         float softcap, int margin_loss, float margin_a, float margin_b, int device, uintptr_t stream,
+         uintptr_t upstream) {
+        RowStats args = row_stats_of(mode, logits, target, prob, column_weight, temperature, row, stats, argmax,
+                                     dlogits, n, v, ld, ld_prob, ld_out, ignore_index, dtype, prob_dtype, want, scale,
+                                     softcap, margin_loss, margin_a, margin_b);
         args.upstream = pointer<float>(upstream);
         row_stats_cuda(args, device, pointer<void>(stream));
       },

@@ -38,6 +38,10 @@ struct RowStats {
   // kGradient on a GPU only: one number, or null. Where it is 1, dlogits holds this gradient already and nothing is
   // done.
   const float *upstream;
+  // kBoth with a target: another loss of the margin (margin_loss.h) in the place of the epilogue's nll; its weight is
+  // kNll.
+  int margin_loss;
+  float margin_a, margin_b;
 };
 
 } // namespace fastloss

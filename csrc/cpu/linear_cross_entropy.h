@@ -26,7 +26,9 @@ struct LinearCrossEntropy {
   int64_t max_extra_bytes; // bound of the scratch that grows with tokens, hence of a chunk; 0: 1/8 of the logits.
                            // Not counted: the accumulator, and a thread's scratch (about 2.5 MB at d = 512)
   int dtype, want;         // of Want only kSum: the other statistics are not here
-  float scale, softcap;    // z = softcap * tanh(scale * logit / softcap); softcap 0: z = scale * logit
+  int margin_loss;         // as in RowStats
+  float margin_a, margin_b;
+  float scale, softcap; // z = softcap * tanh(scale * logit / softcap); softcap 0: z = scale * logit
 };
 
 // Why this machine or these arguments are not for the kernel, or null. Reads sizes, flags and whether a pointer is

@@ -1,5 +1,6 @@
 // Products 1 and 2 of linear cross entropy: a thread takes its tokens past every column, then finishes them.
 #pragma once
+#include "../margin_loss.h"
 #include "linear_run.h"
 
 #ifdef __x86_64__
@@ -194,6 +195,11 @@ template <class Tiles, class T> FASTLOSS_AVX512 void LinearRun<Tiles, T>::finish
   factor[i] = float((b + h) * args.scale / (e_own + sum[i]));
   own[i] = target[i] >= 0 ? float((h - (b + h) * miss) * slope) : 0.f;
   column[i] = with_sum ? epilogue(kSumWeight)[n] * args.scale : 0.f;
+  if (args.margin_loss != kNoMarginLoss) {
+    const double pull = b * margin_slope(args.margin_loss, args.margin_a, args.margin_b, margin);
+    factor[i] = sum[i] == 0 ? 0.f : float(-pull * args.scale / sum[i]);
+    own[i] = target[i] >= 0 ? float(pull * slope) : 0.f;
+  }
 }
 
 // dx_i = a_i (sum of the products) + own_i w_y + s_i wbar

@@ -1,6 +1,7 @@
 // The row contract on the CPU: docs/design.md. A row is read once and its gradient written once; between the two it
 // stays in L2. The loops over columns are in row_stats.inc, in fp32; here is what happens once a row, in double, so
 // that a result is rounded only when it is written.
+#include "../margin_loss.h"
 #include "cpu.h"
 #include "huge_pages.h"
 #include "row_loops.h"
@@ -254,6 +255,9 @@ void Rows::own_coefficients(int64_t r, Line &line, const Found &found, bool lean
     if (lse_square != 0) h += 2 * lse_square * (found.ref + found.logsum);
     rest = nll * found.sums.mass + h;
     own = -nll;
+  } else if (args_.margin_loss != kNoMarginLoss) {
+    own = nll * margin_slope(args_.margin_loss, args_.margin_a, args_.margin_b, d);
+    rest = -own;
   } else {
     if (lse_square != 0)
       h += 2 * lse_square * (d > 0 ? found.target + softplus(-d) : found.ref + found.logsum + softplus(d));

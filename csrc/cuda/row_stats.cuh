@@ -2,6 +2,7 @@
 #pragma once
 #include "common.cuh"
 #include "fastloss.h"
+#include "margin_loss.h"
 
 namespace fastloss {
 
@@ -186,6 +187,10 @@ struct CrossEntropy {
 __device__ inline CrossEntropy hard_coefficients(const RowStats &p, int64_t row, float max, float logsum, float logit) {
   const float b = p.row[kNll * p.n + row], e = p.row[kLse * p.n + row], t = p.row[kLseSq * p.n + row];
   const float d = logsum == -kInf ? logit + kInf : (logit - max) - logsum;
+  if (p.margin_loss != kNoMarginLoss) {
+    const float own = b * float(margin_slope(p.margin_loss, p.margin_a, p.margin_b, d));
+    return {own, -own};
+  }
   const float lse = d > 0 ? logit + log1pf(expf(-d)) : (max + logsum) + log1pf(expf(d));
   const float h = e + 2 * t * lse, rest = (b + h) / (1 + expf(d));
   return {h - rest, rest};

@@ -24,17 +24,18 @@ def cross_entropy_loss(
 def row_stats_cpu(
     *, mode: int, logits: int, target: int, prob: int, column_weight: int, temperature: int, row: int, stats: int,
     argmax: int, dlogits: int, n: int, v: int, ld: int, ld_prob: int, ld_out: int, ignore_index: int, dtype: int,
-    prob_dtype: int, want: int, scale: float, softcap: float, isa: int,
+    prob_dtype: int, want: int, scale: float, softcap: float, margin_loss: int = 0, margin_a: float = 0,
+    margin_b: float = 0, isa: int,
 ) -> None: ...  # fmt: skip
 def linear_cross_entropy_cpu(
     *, x: int, w: int, bias: int, target: int, column_weight: int, epilogue: int, stats: int, dx: int, dw: int,
     dbias: int, n: int, d: int, v: int, ldx: int, ldw: int, ignore_index: int, max_extra_bytes: int, dtype: int,
-    want: int, scale: float, softcap: float, isa: int,
+    want: int, scale: float, softcap: float, margin_loss: int = 0, margin_a: float = 0, margin_b: float = 0, isa: int,
 ) -> None: ...  # fmt: skip
 def linear_cross_entropy_why_not(
     *, x: int, w: int, bias: int, target: int, column_weight: int, epilogue: int, stats: int, dx: int, dw: int,
     dbias: int, n: int, d: int, v: int, ldx: int, ldw: int, ignore_index: int, max_extra_bytes: int, dtype: int,
-    want: int, scale: float, softcap: float, isa: int,
+    want: int, scale: float, softcap: float, margin_loss: int = 0, margin_a: float = 0, margin_b: float = 0, isa: int,
 ) -> str | None: ...  # fmt: skip
 
 class RowTerms:
@@ -53,7 +54,7 @@ def device_info(device: int) -> str: ...
 def row_stats_cuda(
     *, mode: int, logits: int, target: int, prob: int, column_weight: int, temperature: int, row: int, stats: int,
     argmax: int, dlogits: int, n: int, v: int, ld: int, ld_prob: int, ld_out: int, ignore_index: int, dtype: int,
-    prob_dtype: int, want: int, scale: float, softcap: float, device: int, stream: int,
-    upstream: int,
+    prob_dtype: int, want: int, scale: float, softcap: float, margin_loss: int = 0, margin_a: float = 0,
+    margin_b: float = 0, device: int, stream: int, upstream: int,
 ) -> None: ...  # fmt: skip
 def scale_cuda(x: int, dtype: int, n: int, factor: int, device: int, stream: int) -> None: ...

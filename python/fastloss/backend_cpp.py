@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import kept_memory
-from .compiled import _C, DTYPES, MISSING, CompiledRows, check_rows, pointer, register, why_not_linear
+from .compiled import _C, DTYPES, MISSING, CompiledRows, check_rows, nll_only, pointer, register, why_not_linear
 from .compiled_terms import CompiledTerms, register_terms
 from .contract import NUM_EPILOGUES, NUM_STATS, Needs, Stat
 from .registry import kernel
@@ -86,7 +86,7 @@ class _Head:
     def __init__(
         self, x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor | None, prob: Tensor | None,
         column_weight: Tensor | None, epilogue: Tensor | None, ignore_index: int, want: int, scale: float, softcap: float,
-        needs: int, max_extra_bytes: int,
+        needs: int, max_extra_bytes: int, **margin: Any,
     ) -> None:  # fmt: skip
         (n, d), v = x.shape, w.shape[0]
         self.x, self.w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
@@ -100,6 +100,7 @@ class _Head:
             dx=needs & Needs.INPUT, dw=needs & Needs.WEIGHT, dbias=needs & Needs.BIAS, n=n, d=d, v=v,
             ldx=self.x.stride(0), ldw=self.w.stride(0), ignore_index=ignore_index, max_extra_bytes=max_extra_bytes,
             dtype=DTYPES[x.dtype], want=int(want), scale=scale, softcap=softcap, isa=ISA,
+            **margin,
         )  # fmt: skip
         self.why_not: str | None = None
         if prob is not None:
@@ -162,3 +163,26 @@ def linear_cross_entropy(
     else:
         stats, argmax, dx, dw, db = chunked.linear_cross_entropy(*operands, *tail)
     return stats, argmax, dx, dw, db if half or bias is None else db.to(bias.dtype)
+
+
+def _margin_head(
+    x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor, loss: int, a: float, b: float,
+    ignore_index: int, scale: float, softcap: float, needs: int, max_extra_bytes: int,
+) -> _Head:  # fmt: skip
+    if x.dtype == torch.float16:  # its gradients come back in float32, see ops.py
+        x, w = x.float(), w.float()
+    tail = (ignore_index, 0, scale, softcap, needs, max_extra_bytes)
+    margin: dict[str, Any] = {"margin_loss": loss, "margin_a": a, "margin_b": b}
+    return _Head(x, w, bias, target, None, None, nll_only(weight), *tail, **margin)
+
+
+def _why_not_margin_head(x: Tensor, w: Tensor, *args: Any) -> str | None:
+    return _missing(x) or why_not_linear(x, w, None) or _margin_head(x, w, *args).why_not
+
+
+@kernel("linear_margin_loss", "cpp", _why_not_margin_head)
+def linear_margin_loss(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
+    """(stats, dx, dw, dbias) of sum_i weight_i phi(d_i), gradients made in the forward; None where statistics overflow."""
+    check_targets(target, w.shape[0], args[4])
+    head = _margin_head(x, w, bias, target, *args)
+    return (head.stats, head.dx, head.dw, head.db) if head.run() else None

@@ -62,7 +62,7 @@ class CompiledRows:
     def _call(
         self, mode: int, logits: Tensor, target: Tensor | None, prob: Tensor | None, column_weight: Tensor | None,
         temperature: Tensor | None, ignore_index: int, want: int, scale: float, softcap: float,
-        *, row: Tensor | None, stats: Tensor, argmax: Tensor, dlogits: Tensor | None, **more: int,
+        *, row: Tensor | None, stats: Tensor, argmax: Tensor, dlogits: Tensor | None, **more: Any,
     ) -> None:  # fmt: skip
         n, v = logits.shape
         if want & Want.TEMPERED and temperature is None:
@@ -106,14 +106,24 @@ class CompiledRows:
 
     def cross_entropy(
         self, logits: Tensor, target: Tensor | None, prob: Tensor | None, column_weight: Tensor | None,
-        epilogue: Tensor, *args: Any, out: Tensor | None = None,
+        epilogue: Tensor, *args: Any, out: Tensor | None = None, **more: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         out = self.empty_like(logits) if out is None else out
         stats, argmax = self._tables(logits, args[1])
         check_rows(epilogue, NUM_EPILOGUES, "epilogue")
         given = (target, prob, column_weight, None, *args)
-        self._call(BOTH, logits, *given, row=epilogue, stats=stats, argmax=argmax, dlogits=out)
+        self._call(BOTH, logits, *given, row=epilogue, stats=stats, argmax=argmax, dlogits=out, **more)
         return stats, argmax, out
+
+    def margin_loss(
+        self, logits: Tensor, target: Tensor, weight: Tensor, loss: int, a: float, b: float, *tail: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(stats, dlogits) of sum_i weight_i phi(d_i); phi by its number and parameters in csrc/margin_loss.h."""
+        margin: dict[str, Any] = {"margin_loss": loss, "margin_a": a, "margin_b": b}
+        ignore_index, scale, softcap = tail
+        given = (target, None, None, nll_only(weight), ignore_index, Want.NOTHING, scale, softcap)
+        stats, _, dlogits = self.cross_entropy(logits, *given, **margin)
+        return stats, dlogits
 
     def row_stats_backward_in_place(
         self, coef: Tensor, stats: Tensor, argmax: Tensor, logits: Tensor, *a: Any
@@ -122,6 +132,13 @@ class CompiledRows:
 
     def cross_entropy_in_place(self, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.cross_entropy(logits, *args, out=logits)
+
+
+def nll_only(weight: Tensor) -> Tensor:
+    """The epilogue [4, N] of a loss that is weight times nll."""
+    epilogue = torch.zeros(NUM_EPILOGUES, len(weight), dtype=torch.float32, device=weight.device)
+    epilogue[0] = weight
+    return epilogue
 
 
 def check_rows(t: Tensor, rows: int, name: str) -> None:
@@ -160,6 +177,9 @@ def register(
     row_classes, head_classes = (lambda logits, *_: logits.shape[1]), (lambda x, w, *_: w.shape[0])
     kernel("row_stats", backend, for_rows)(checked(rows.row_stats, row_classes, 1, 5))
     kernel("row_stats_backward", backend, lambda coef, stats, argmax, *a: for_rows(*a))(rows.row_stats_backward)
+    kernel("margin_loss", backend, lambda logits, *_: for_rows(logits, None, None))(
+        checked(rows.margin_loss, row_classes, 1, 6)
+    )
     kernel("cross_entropy", backend, for_rows)(checked(rows.cross_entropy, row_classes, 1, 5))
     kernel("linear_row_stats", backend, for_linear)(checked(chunked.linear_row_stats, head_classes, 3, 7))
     kernel("linear_row_stats_backward", backend, lambda coef, stats, argmax, *a: for_linear(*a))(

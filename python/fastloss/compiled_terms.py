@@ -138,4 +138,8 @@ def register_terms(
         return terms.row_terms(logits, listed, *args)
 
     kernel("row_terms", backend, why_not)(row_terms)
-    kernel("row_terms_backward", backend, lambda coef, stats, argmax, *a: why_not(*a))(terms.row_terms_backward)
+    for op, function in (
+        ("row_terms_backward", terms.row_terms_backward),
+        ("row_terms_backward_", terms.row_terms_backward_in_place),  # no op of torch: linear_terms.py asks for it
+    ):
+        kernel(op, backend, lambda coef, stats, argmax, *a: why_not(*a))(function)

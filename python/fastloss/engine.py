@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, autograd_terms
 from .autograd import Options
 from .contract import Want
-from .fused import pack
-from .statistics import RowStats
+from .statistics import RowStats, pack
+from .terms import HLGauss, RowTerm, TeacherHead
+from .wide import Asked, Wide, ask
 
 _WANT = {
     "entropy": Want.ENTROPY,
@@ -20,7 +21,11 @@ _WANT = {
     "sumsq": Want.SUM | Want.SUMSQ,
     "tempered_lse": Want.TEMPERED,
     "argmax": Want.ARGMAX,
+    "teacher_lse": Want.TEACHER,
+    "teacher_mean": Want.TEACHER_MEAN,
+    "score_mean": Want.SCORE_MEAN,
 }
+_WIDE_ONLY = Want.TEACHER | Want.TEACHER_MEAN | Want.SCORE_MEAN
 
 
 def want_flags(names: Iterable[str]) -> Want:
@@ -98,13 +103,28 @@ def _temperature(t: float | Tensor | None, want: Want, rows: int, shape: torch.S
         if not t > 0:
             raise ValueError(f"temperature must be > 0, got {t}")
         return torch.full((rows,), float(t), dtype=acc, device=like.device)
-    if t.requires_grad:
-        raise ValueError("the gradient with respect to `temperature` is not computed: pass temperature.detach()")
     if t.device != like.device:
         raise ValueError(f"temperature is on {t.device}, the scores on {like.device}")
     if t.numel() != 1 and t.shape != shape:
         raise ValueError(f"temperature must hold 1 number or have shape {tuple(shape)}, got {tuple(t.shape)}")
     return t.to(acc).reshape(-1).expand(rows).contiguous()
+
+
+def asks_wide(
+    wide: Wide, warm: Tensor | None, o: Options, like: Tensor, vocab: int, shape: torch.Size, ids: Tensor | None,
+    prob: Tensor | None, column_weight: Tensor | None,
+) -> Asked | None:  # fmt: skip
+    """The call of `row_terms` that the arguments ask for, or None where `row_stats` serves them."""
+    trained = warm is not None and warm.requires_grad
+    if not (wide.given or trained or o.want & _WIDE_ONLY):
+        return None
+    if prob is not None or column_weight is not None:
+        raise ValueError(
+            "a teacher, listed columns, a subset or a trained temperature go with class ids as target and without "
+            "column_weight; probabilities as a target are a teacher of log-probabilities"
+        )
+    want = Want(o.want) | (Want.ENTROPY if trained else Want.NOTHING)
+    return ask(wide, ids, warm, want, like, vocab, shape, o.ignore_index, o.scale, o.softcap)
 
 
 def row_stats(
@@ -118,6 +138,11 @@ def row_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     shift: bool = False,
+    listed: Tensor | None = None,
+    teacher: Tensor | None = None,
+    term: RowTerm | None = None,
+    subset: Tensor | None = None,
+    generated: HLGauss | None = None,
 ) -> RowStats:
     """Differentiable statistics of every row of z = softcap(logit_scale * logits); softcap(z) = c tanh(z / c).
 
@@ -126,6 +151,14 @@ def row_stats(
     LSE of the rest: "entropy", "sum", "sumsq", "tempered_lse" (LSE(z / temperature)), "argmax". column_weight [V]: the
     c_j of "sum" and of probabilities. temperature: a number > 0, or one a row [...]. shift: compare position t with the
     target of t + 1 along the last target dim (causal language models; the logits are not copied).
+
+    What follows makes the result a `WideRowStats`, with p = softmax(z / temperature); not together with probabilities
+    or column_weight. listed: class ids [..., K] whose scores are statistics too, left out of the rest (negative ids:
+    absent). teacher: logits [..., V], or [V] for all rows; q = softmax(teacher / temperature). term: one of
+    `fastloss.terms`, a function of student and teacher summed over the columns. subset: bool [V], columns whose LSE is
+    wanted. generated: `fastloss.terms.HLGauss`, a teacher made in the kernel. stats then also: "teacher_lse" (of
+    teacher / temperature), "teacher_mean" (E_p[teacher]), "score_mean" (E_q[z]); "entropy" is that of p. A temperature
+    that needs a gradient (it has one through tempered_lse) counts as one of these.
 
     Raises ValueError and TypeError for wrong shapes, dtypes and names; IndexError (CPU) for a class id out of range.
     """
@@ -136,8 +169,12 @@ def row_stats(
     want = want_flags(stats)
     check_rows(logits, vocab, target, column_weight)
     ids, prob = split_target(target, rows, vocab, shape, shift, ignore_index)
+    wide = Wide(listed, teacher, term, subset, generated)
+    want, temperature = wide.simplify(want, temperature)
     warm = _temperature(temperature, want, rows, shape, logits)
     o = options(ignore_index, want, logit_scale, softcap)
+    if asked := asks_wide(wide, warm, o, logits, vocab, shape, ids, prob, column_weight):
+        return asked.pack(*autograd_terms.row_terms(logits.reshape(rows, vocab), asked.operands, asked.options))
     out = autograd.row_stats(logits.reshape(rows, vocab), ids, prob, column_weight, warm, o)
     return pack(*out, ids, prob is not None, vocab, o, column_weight, warm, shape)
 
@@ -155,53 +192,72 @@ def linear_row_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     shift: bool = False,
+    listed: Tensor | None = None,
+    teacher: Tensor | TeacherHead | None = None,
+    term: RowTerm | None = None,
+    subset: Tensor | None = None,
+    generated: HLGauss | None = None,
     max_extra_bytes: int | None = None,
     grad_weight: Tensor | None = None,
 ) -> RowStats:
     """`row_stats` of logits = input linear_weightᵀ + linear_bias, which are never stored; made again in the backward.
 
     input: [..., D]. linear_weight: [V, D]. linear_bias: [V]. max_extra_bytes bounds the logits held at a time.
+    teacher: logits, or a `TeacherHead` whose logits are never stored either (and which gets no gradient).
     grad_weight: a float32 [V, D] buffer (Megatron's main_grad) that the backward adds dW to, exactly, instead of
-    leaving it in linear_weight.grad.
+    leaving it in linear_weight.grad; not with a teacher, listed columns, a subset or a trained temperature.
     """
+    wide = Wide(listed, teacher, term, subset, generated)
     h = head(
         input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
-        shift,
+        shift, wide,
     )  # fmt: skip
     check_grad_weight(grad_weight, linear_weight)
-    out = autograd.linear_row_stats(*h.operands, h.options, extra_bytes(max_extra_bytes), grad_weight)
-    return h.pack(*out)
+    return h.stats(extra_bytes(max_extra_bytes), grad_weight)
 
 
 class Head(NamedTuple):
-    """The checked operands of a linear head, rows flattened."""
+    """The checked operands of a linear head, rows flattened; `asked` where `row_terms` serves it."""
 
-    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    x: Tensor
+    w: Tensor
+    bias: Tensor | None
+    row: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # target, prob, column_weight, temperature
     options: Options
     shape: torch.Size
+    asked: Asked | None
 
-    def pack(self, stats: Tensor, top: Tensor, argmax: Tensor) -> RowStats:
-        _, w, _, ids, prob, column_weight, warm = self.operands
-        return pack(
-            stats, top, argmax, ids, prob is not None, w.shape[0], self.options, column_weight, warm, self.shape
-        )
+    def stats(self, limit: int, grad_weight: Tensor | None) -> RowStats:
+        """The statistics, by mode R."""
+        if self.asked is not None:
+            if grad_weight is not None:
+                raise ValueError(
+                    "grad_weight goes with a target alone: no teacher, list, subset or trained temperature"
+                )
+            return self.asked.pack(*autograd_terms.linear_row_terms(self.x, self.w, self.bias, self.asked, limit))
+        ids, prob, column_weight, warm = self.row
+        out = autograd.linear_row_stats(self.x, self.w, self.bias, *self.row, self.options, limit, grad_weight)
+        return pack(*out, ids, prob is not None, self.w.shape[0], self.options, column_weight, warm, self.shape)
 
 
 def head(
     input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, stats: Iterable[str],
     column_weight: Tensor | None, temperature: float | Tensor | None, ignore_index: int, logit_scale: float,
-    softcap: float | None, shift: bool,
+    softcap: float | None, shift: bool, wide: Wide,
 ) -> Head:  # fmt: skip
+    """Check what `linear_row_stats` was given."""
     check_head(input, linear_weight, linear_bias)
     shape, vocab = input.shape[:-1], linear_weight.shape[0]
     rows = shape.numel()
     want = want_flags(stats)
     check_rows(input, vocab, target, column_weight)
     ids, prob = split_target(target, rows, vocab, shape, shift, ignore_index)
+    want, temperature = wide.simplify(want, temperature)
     warm = _temperature(temperature, want, rows, shape, input)
     o = options(ignore_index, want, logit_scale, softcap)
+    asked = asks_wide(wide, warm, o, input, vocab, shape, ids, prob, column_weight)
     x = input.reshape(rows, input.shape[-1])
-    return Head((x, linear_weight, linear_bias, ids, prob, column_weight, warm), o, shape)
+    return Head(x, linear_weight, linear_bias, (ids, prob, column_weight, warm), o, shape, asked)
 
 
 def check_grad_weight(buffer: Tensor | None, weight: Tensor) -> None:

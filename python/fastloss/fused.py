@@ -15,10 +15,10 @@ from torch import Tensor
 from . import losses, registry
 from .autograd import Options, _differentiate, _ops, batched, keeps_graph
 from .compiled import _C, DTYPES, pointer
-from .contract import NUM_EPILOGUES, Needs, Want
+from .contract import NUM_EPILOGUES, Needs
 from .losses.cross_entropy import target_weight
 from .reference import epilogue_coefficients, statistics
-from .statistics import RowStats, largest
+from .statistics import largest, pack
 
 
 def direct(*tensors: Tensor | None) -> bool:
@@ -39,17 +39,6 @@ class Formula(NamedTuple):
     z_loss: float
     reduction: str  # "mean" or "sum"
     max_extra_bytes: int = 0
-
-
-def pack(
-    stats: Tensor, top: Tensor, argmax: Tensor, target: Tensor | None, soft: bool, vocab: int, o: Options,
-    column_weight: Tensor | None, temperature: Tensor | None = None, shape: torch.Size | None = None,
-) -> RowStats:  # fmt: skip
-    """RowStats over what the ops return."""
-    return RowStats(
-        stats, top, argmax, target, soft, vocab, Want(o.want), temperature, column_weight, o.ignore_index,
-        torch.Size((stats.shape[1],)) if shape is None else shape,
-    )  # fmt: skip
 
 
 def denominator(

@@ -38,6 +38,7 @@ from torch.nn import (
 )
 
 from . import functional
+from .distillation_modules import DualHeadDistillationLoss
 from .row_loss import RowFunction, check_reduction, linear_row_loss, row_loss
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "CTCLoss",
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
+    "DualHeadDistillationLoss",
     "GaussianNLLLoss",
     "HingeEmbeddingLoss",
     "HuberLoss",

@@ -143,5 +143,25 @@ _define(
     f"row_terms_backward({_SAVED}, Tensor logits, {_TERMS}) -> Tensor",
     lambda coef, stats, argmax, logits, *_: _dense(logits),
 )
+_LINEAR_TERMS = f"{_HEAD}, Tensor? teacher_x=None, Tensor? teacher_w=None, Tensor? teacher_bias=None, {_TERMS}"
+_LINEAR_TERMS += ", float teacher_scale=1.0, float teacher_softcap=0.0"
+
+
+def _linear_row_terms_fake(
+    x, w, bias=None, teacher_x=None, teacher_w=None, teacher_bias=None, listed=None, teacher=None, value=None,
+    subset=None, temperature=None, ignore_index=-100, want=0, *_,
+):  # fmt: skip
+    return _row_terms_fake(x, listed, want=want)
+
+
+def _linear_row_terms_backward_fake(coef, stats, argmax, x, w, bias=None, *rest):
+    return _gradients(x, w, bias, rest[18] if len(rest) > 18 else 7)
+
+
+_define(f"linear_row_terms({_LINEAR_TERMS}, int max_extra_bytes=0) -> (Tensor, Tensor)", _linear_row_terms_fake)
+_define(
+    f"linear_row_terms_backward({_SAVED}, {_LINEAR_TERMS}, int needs=7, int max_extra_bytes=0) -> (Tensor, Tensor, Tensor)",
+    _linear_row_terms_backward_fake,
+)
 
 from . import backend_cpp, backend_cuda, backend_reference, backend_triton  # noqa: E402,F401  (they register their kernels)

@@ -60,7 +60,7 @@ def declare(op: str, defaults: tuple[Any, ...]) -> None:
 
 
 def _complete(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return args + _defaults[op][len(args) :]
+    return args + _defaults.get(op, ())[len(args) :]
 
 
 def forced() -> str | None:
@@ -69,7 +69,7 @@ def forced() -> str | None:
 
 
 def _find(op: str, args: tuple[Any, ...]) -> tuple[str, Kernel]:
-    name, table = _forced, _kernels[op]
+    name, table = _forced, _kernels.get(op, {})
     for backend in (name,) if name else ORDER.get(args[0].device.type, ("reference",)):
         entry = table.get(backend)
         if entry is not None and entry.why_not(*args) is None:
@@ -86,6 +86,15 @@ def choose(op: str, *args: Any) -> str:
     return _find(op, _complete(op, args))[0]
 
 
+def able(op: str, *args: Any) -> bool:
+    """Whether some backend, or the one that was named, can run `op` on args."""
+    try:
+        _find(op, args)
+    except BackendError:
+        return False
+    return True
+
+
 def run(op: str, *args: Any) -> Any:
     """Run `op` on the first backend that takes `args`."""
     args = _complete(op, args)
@@ -95,7 +104,7 @@ def run(op: str, *args: Any) -> Any:
 def _reasons(op: str, args: tuple[Any, ...]) -> str:
     rows = []
     for backend in BACKENDS:
-        entry = _kernels[op].get(backend)
+        entry = _kernels.get(op, {}).get(backend)
         reason = "has no such kernel" if entry is None else entry.why_not(*args)
         rows.append(f"  {backend:10s} {'ok' if reason is None else reason}")
     return "\n".join(rows)

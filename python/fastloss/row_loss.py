@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
-from .engine import check_grad_weight, extra_bytes, head, row_stats
+from .engine import Head, check_grad_weight, extra_bytes, head, row_stats
 from .losses import catalogue
-from .separable import separable_loss
+from .separable import Call, RowFamily, TermFamily, separable_loss
 from .statistics import RowStats
+from .terms import HLGauss, RowTerm, TeacherHead
+from .wide import Wide
 
 RowFunction = Callable[..., Tensor]
 
@@ -28,8 +29,7 @@ def reduce_rows(rows: Tensor, stats: RowStats, reduction: str) -> Tensor:
     check_reduction(reduction)
     if rows.shape != stats.shape:
         raise ValueError(f"a row loss returns one value a row, shape {tuple(stats.shape)}; got {tuple(rows.shape)}")
-    if stats.target is not None:
-        rows = torch.where(stats.valid, rows, 0.0)
+    rows = torch.where(stats.valid, rows, 0.0)
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.sum() / stats.valid.sum()
@@ -74,7 +74,7 @@ def linear_row_loss(
     `fastloss.losses` whose parameters are numbers, where that can be, else False.
     """
     own, engine = catalogue.split_arguments(loss, arguments)
-    h = head(input, linear_weight, target, linear_bias, **_engine_arguments(**engine))
+    h = _head(input, linear_weight, target, linear_bias, **engine)
     limit = extra_bytes(max_extra_bytes)
     reducible = reduction in ("mean", "sum") and grad_weight is None
     if separable is None:
@@ -88,15 +88,23 @@ def linear_row_loss(
         return loss(s, **own)
 
     if separable and torch.is_grad_enabled():
-        return separable_loss(h.operands, h.options, rows, reduction, limit)
+        call = Call(rows, reduction, limit)
+        family = RowFamily(*h.row, h.options, call) if h.asked is None else TermFamily(h.asked, call)
+        return separable_loss(h.x, h.w, h.bias, family)
     check_grad_weight(grad_weight, linear_weight)
-    s = h.pack(*autograd.linear_row_stats(*h.operands, h.options, limit, grad_weight))
+    s = h.stats(limit, grad_weight)
     return reduce_rows(rows(s), s, reduction)
 
 
-def _engine_arguments(
-    *, stats: Iterable[str] = (), column_weight: Tensor | None = None, temperature: float | Tensor | None = None,
+def _head(
+    input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, *,
+    stats: Iterable[str] = (), column_weight: Tensor | None = None, temperature: float | Tensor | None = None,
     ignore_index: int = -100, logit_scale: float = 1.0, softcap: float | None = None, shift: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """The arguments of `linear_row_stats` that are left, with its defaults; a name that is none raises TypeError."""
-    return locals()
+    listed: Tensor | None = None, teacher: Tensor | TeacherHead | None = None, term: RowTerm | None = None,
+    subset: Tensor | None = None, generated: HLGauss | None = None,
+) -> Head:  # fmt: skip
+    """The arguments of `linear_row_stats` with its defaults; a name that is none raises TypeError."""
+    return head(
+        input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
+        shift, Wide(listed, teacher, term, subset, generated),
+    )  # fmt: skip

@@ -7,19 +7,22 @@ it over the logits, and two GEMMs take it away. So the logits are made once, whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import registry
+from . import autograd_terms, linear_terms, registry
 from .autograd import Options, _differentiate, forward_mode_active, functorch_active, keeps_graph, linear_row_stats
+from .autograd_terms import TermOperands
 from .chunked import Chunked, RowKernels
 from .contract import Needs
-from .fused import denominator, pack
-from .statistics import RowStats, coefficients, largest
+from .fused import denominator
+from .statistics import RowStats, coefficients, largest, pack
+from .term_statistics import term_coefficients
+from .wide import Asked
 
-Operands = Any  # the tuple x, w, bias, target, prob, column_weight, temperature
+Rows = Callable[[RowStats], Tensor]
 
 _chunked = Chunked(
     RowKernels(
@@ -30,63 +33,141 @@ _chunked = Chunked(
 )
 
 
-def _share(operands: Operands, o: Options, reduction: str) -> Tensor:
-    x, target = operands[0], operands[3]
-    like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-    return 1 / denominator(target, x.shape[0], None, o.ignore_index, reduction, like)
+class Call(NamedTuple):
+    """What the user asked for besides statistics."""
+
+    loss: Rows
+    reduction: str
+    limit: int
 
 
-def _sum(s: RowStats, loss: Callable[[RowStats], Tensor]) -> Tensor:
+class Family(Protocol):
+    """A linear head, its operands and the statistics that a loss of it reads."""
+
+    def gradients(self, x: Tensor, w: Tensor, bias: Tensor | None, needs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, dx, dw, dbias), chunk by chunk."""
+        ...
+
+    def recompute(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """The same loss by mode R, whose second derivatives are PyTorch's."""
+        ...
+
+
+def _sum(s: RowStats, loss: Rows) -> Tensor:
     rows = loss(s)
     if rows.shape != s.shape:
         raise ValueError(f"a row loss returns one value a row, shape {tuple(s.shape)}; got {tuple(rows.shape)}")
-    return (rows if s.target is None else torch.where(s.valid, rows, 0.0)).sum()
+    return torch.where(s.valid, rows, 0.0).sum()
 
 
-class _Separable(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, rest: Operands, o: Options, loss: Any, reduction: str,
-        limit: int, needs: int,
-    ) -> Tensor:  # fmt: skip
-        operands = (x, w, bias, *rest)
-        share, column_weight = _share(operands, o, reduction), rest[2]
+def _share(target: Tensor | None, x: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    return 1 / denominator(target, x.shape[0], None, ignore_index, reduction, like)
+
+
+def _differentiated(
+    loss: Rows, share: Tensor, stats: Tensor, top: Tensor, named: Callable[[Tensor, Tensor], RowStats]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(share times the chunk's loss, its gradient with respect to stats, and to top)."""
+    with torch.enable_grad():
+        if loss(named(stats, top)).requires_grad:
+            raise ValueError("separable=True: the loss closes over a tensor that needs a gradient; use separable=False")
+        table, top = stats.detach().requires_grad_(), top.detach().requires_grad_()
+        value = _sum(named(table, top), loss) * share
+        g_table, g_top = torch.autograd.grad(value, (table, top), allow_unused=True)
+    return value.detach(), torch.zeros_like(stats) if g_table is None else g_table, g_top
+
+
+class RowFamily(NamedTuple):
+    """Statistics of `row_stats`."""
+
+    target: Tensor | None
+    prob: Tensor | None
+    column_weight: Tensor | None
+    temperature: Tensor | None
+    options: Options
+    call: Call
+
+    def gradients(self, x: Tensor, w: Tensor, bias: Tensor | None, needs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, dx, dw, dbias), chunk by chunk."""
+        o, loss = self.options, self.call.loss
+        share = _share(self.target, x, o.ignore_index, self.call.reduction)
 
         def chunk(
             stats: Tensor, argmax: Tensor, target: Tensor | None, prob: Tensor | None, warm: Tensor | None
         ) -> tuple[Tensor, Tensor]:
             soft = prob is not None
-            with torch.enable_grad():
-                constant = pack(
-                    stats, largest(stats, o.want, soft), argmax, target, soft, w.shape[0], o, column_weight, warm
-                )
-                if loss(constant).requires_grad:
-                    raise ValueError(
-                        "separable=True: the loss closes over a tensor that needs a gradient; use separable=False"
-                    )
-                table = stats.detach().requires_grad_()
-                top = largest(stats, o.want, soft).requires_grad_()
-                s = pack(table, top, argmax, target, soft, w.shape[0], o, column_weight, warm)
-                value = _sum(s, loss) * share
-                g_table, g_top = torch.autograd.grad(value, (table, top), allow_unused=True)
-            g_table = torch.zeros_like(stats) if g_table is None else g_table
-            return value.detach(), coefficients(g_table, g_top, stats, target is not None, soft, warm, o.want)
 
-        total, dx, dw, db = _chunked.linear_row_loss(*(*operands, *o, needs, limit, chunk))
-        ctx.save_for_backward(x, w, bias, *rest, dx, dw, db)
-        ctx.call, ctx.needs = (o, loss, reduction, limit), needs
+            def named(table: Tensor, top: Tensor) -> RowStats:
+                return pack(table, top, argmax, target, soft, w.shape[0], o, self.column_weight, warm)
+
+            value, g, g_top = _differentiated(loss, share, stats, largest(stats, o.want, soft), named)
+            return value, coefficients(g, g_top, stats, target is not None, soft, warm, o.want)
+
+        row = (self.target, self.prob, self.column_weight, self.temperature)
+        return _chunked.linear_row_loss(x, w, bias, *row, *o, needs, self.call.limit, chunk)
+
+    def recompute(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """The same loss by mode R."""
+        o, row = self.options, (self.target, self.prob, self.column_weight, self.temperature)
+        raw = linear_row_stats(x, w, bias, *row, o, self.call.limit)
+        s = pack(*raw, self.target, self.prob is not None, w.shape[0], o, self.column_weight, self.temperature)
+        return _sum(s, self.call.loss) * _share(self.target, x, o.ignore_index, self.call.reduction)
+
+
+class TermFamily(NamedTuple):
+    """Statistics of `row_terms`."""
+
+    asked: Asked
+    call: Call
+
+    @property
+    def _target(self) -> Tensor | None:
+        listed = self.asked.operands.listed
+        return None if listed is None or not listed.shape[1] else listed[:, 0]
+
+    def _named(self, operands: TermOperands, table: Tensor, top: Tensor, argmax: Tensor) -> RowStats:
+        target = None if self.asked.target is None or operands.listed is None else operands.listed[:, 0]
+        asked = self.asked._replace(operands=operands, shape=torch.Size((table.shape[1],)), target=target)
+        return asked.pack(table, top, argmax)
+
+    def gradients(self, x: Tensor, w: Tensor, bias: Tensor | None, needs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, dx, dw, dbias), chunk by chunk."""
+        o, loss = self.asked.options, self.call.loss
+        share = _share(self._target, x, o.ignore_index, self.call.reduction)
+
+        def chunk(stats: Tensor, argmax: Tensor, rows: TermOperands) -> tuple[Tensor, Tensor]:
+            def named(table: Tensor, top: Tensor) -> RowStats:
+                return self._named(rows, table, top, argmax)
+
+            value, g, g_top = _differentiated(loss, share, stats, autograd_terms.largest(stats, o.want), named)
+            return value, term_coefficients(g, g_top, stats, rows.temperature, o.want, o.term)
+
+        head = self.asked.head
+        return linear_terms.separable(x, w, bias, self.asked.operands, head, o, needs, self.call.limit, chunk)
+
+    def recompute(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """The same loss by mode R."""
+        raw = autograd_terms.linear_row_terms(x, w, bias, self.asked, self.call.limit)
+        s = self._named(self.asked.operands, *raw)
+        o = self.asked.options
+        return _sum(s, self.call.loss) * _share(self._target, x, o.ignore_index, self.call.reduction)
+
+
+class _Separable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, family: Family, needs: int) -> Tensor:
+        total, dx, dw, db = family.gradients(x, w, bias, needs)
+        ctx.save_for_backward(x, w, bias, dx, dw, db)
+        ctx.family, ctx.needs = family, needs
         return total
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, w, bias, *rest, dx, dw, db = ctx.saved_tensors
-        nothing = (None,) * 6
+        x, w, bias, dx, dw, db = ctx.saved_tensors
         if torch.is_grad_enabled():
-
-            def compose(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-                return (_recompute((x, w, bias, *rest), *ctx.call),)
-
-            return *_differentiate(compose, (x, w, bias), (g,)), *nothing
+            family: Family = ctx.family
+            return *_differentiate(lambda *head: (family.recompute(*head),), (x, w, bias), (g,)), None, None
         grads = []
         for d, like, flag in (
             (dx, x, Needs.INPUT),
@@ -95,29 +176,17 @@ class _Separable(torch.autograd.Function):
         ):
             new = d * g if keeps_graph() or g.device.type == "cuda" else d.mul_(g)
             grads.append(new.to(like.dtype) if ctx.needs & flag else None)
-        return *grads, *nothing
+        return *grads, None, None
 
 
-def _recompute(operands: Operands, o: Options, loss: Any, reduction: str, limit: int) -> Tensor:
-    """The same by mode R, whose second derivatives are PyTorch's."""
-    _, w, _, target, prob, column_weight, warm = operands
-    raw = linear_row_stats(*(*operands, o, limit))
-    s = pack(*raw, target, prob is not None, w.shape[0], o, column_weight, warm)
-    return _sum(s, loss) * _share(operands, o, reduction)
-
-
-def separable_loss(operands: Operands, o: Options, loss: Any, reduction: str, limit: int) -> Tensor:
-    """The reduced loss; under torch.compile and torch.func by mode R."""
-    x, w, bias, *rest = operands
-    prob = rest[1]
-    if (
-        torch.compiler.is_compiling()
-        or functorch_active()
-        or forward_mode_active()
-        or (prob is not None and prob.requires_grad)
-    ):
-        return _recompute(operands, o, loss, reduction, limit)
+def separable_loss(x: Tensor, w: Tensor, bias: Tensor | None, family: Family) -> Tensor:
+    """The reduced loss; under torch.compile and torch.func, or where an operand is trained, by mode R."""
+    trained = isinstance(family, RowFamily) and family.prob is not None and family.prob.requires_grad
+    if isinstance(family, TermFamily):
+        trained = any(t is not None and t.requires_grad for t in family.asked.operands)
+    if torch.compiler.is_compiling() or functorch_active() or forward_mode_active() or trained:
+        return family.recompute(x, w, bias)
     needs = int(x.requires_grad) * Needs.INPUT | int(w.requires_grad) * Needs.WEIGHT
     if bias is not None and bias.requires_grad:
         needs |= Needs.BIAS
-    return _Separable.apply(x, w, bias, tuple(rest), o, loss, reduction, limit, int(needs))
+    return _Separable.apply(x, w, bias, family, int(needs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from .contract import NUM_COEFS, Coef, Stat, Want
 from .reference import INF, finite
+
+if TYPE_CHECKING:
+    from .autograd import Options
 
 
 @dataclass(frozen=True)
@@ -243,3 +247,14 @@ def coefficients(
     if want & Want.ARGMAX and grad_top is not None:
         coef[Coef.ARG] = grad_top
     return coef
+
+
+def pack(
+    stats: Tensor, top: Tensor, argmax: Tensor, target: Tensor | None, soft: bool, vocab: int, o: Options,
+    column_weight: Tensor | None, temperature: Tensor | None = None, shape: torch.Size | None = None,
+) -> RowStats:  # fmt: skip
+    """RowStats over what the ops return."""
+    return RowStats(
+        stats, top, argmax, target, soft, vocab, Want(o.want), temperature, column_weight, o.ignore_index,
+        torch.Size((stats.shape[1],)) if shape is None else shape,
+    )  # fmt: skip

@@ -23,7 +23,8 @@ def term_coefficients(
     if want & Want.ENTROPY:
         g = grad[TermStat.MEAN]
         coef[TermCoef.ALL_Z] = g / warm
-        total = total + g * (1 - stats[TermStat.MEAN] / warm)
+        # In this order, since for an entropy the first two cancel exactly and leave the small third.
+        total = (total + g) - g * (stats[TermStat.MEAN] / warm)
     if want & Want.TEACHER_MEAN:
         g = grad[TermStat.TEACHER_MEAN] / warm
         coef[TermCoef.ALL_T] = g
@@ -81,7 +82,7 @@ def teacher_coefficients(grad: Tensor, stats: Tensor, temperature: Tensor | None
         total = total - g * stats[TermStat.SCORE_MEAN]
         g = grad[TermStat.TEACHER_OWN_MEAN]
         coef[TermCoef.ALL_Z] = g / warm
-        total = total + g * (1 - stats[TermStat.TEACHER_OWN_MEAN] / warm)
+        total = (total + g) - g * (stats[TermStat.TEACHER_OWN_MEAN] / warm)
     if want & Want.TEACHER_MEAN:
         coef[TermCoef.TEACHER] = grad[TermStat.TEACHER_MEAN]
     if want & Want.TERM:

@@ -35,7 +35,12 @@ class CRowStats(ctypes.Structure):
         + [(name, int64) for name in "n v ld ld_prob ld_out ignore_index".split()]
         + [(name, int32) for name in "dtype prob_dtype mode want".split()]
         + [(name, ctypes.c_float) for name in ("scale", "softcap")]
-        + [("upstream", pointer)]
+        + [
+            ("upstream", pointer),
+            ("margin_loss", ctypes.c_int),
+            ("margin_a", ctypes.c_float),
+            ("margin_b", ctypes.c_float),
+        ]
     )
 
 
@@ -76,6 +81,7 @@ class Case:
     want: int = 0
     scale: float = 1.0
     softcap: float = 0.0
+    margin: tuple[int, float, float] = (0, 0.0, 0.0)
     threads: int = 64
     slices: int = 1
     keep: bool = True
@@ -212,7 +218,7 @@ def run(library: Path, case: Case, limits: Limits | None = None) -> None:
         address(weight32, case.weight), address(temperature, bool(case.want & TEMPERED)), address(row, case.mode != STATS),
         address(stats), address(argmax, bool(case.want & ARGMAX)), address(out, case.mode != STATS),
         n, v, stride, v + case.pad, v + case.pad, IGNORE,
-        CODES[case.dtype], CODES[case.prob_dtype], case.mode, case.want, case.scale, case.softcap, None,
+        CODES[case.dtype], CODES[case.prob_dtype], case.mode, case.want, case.scale, case.softcap, None, *case.margin,
     )  # fmt: skip
     cluster = case.slices > 1 and case.mode != GRADIENT
     plan = Plan(case.threads, case.slices, cluster, case.keep and case.mode != GRADIENT, case.rows_per_launch)

@@ -1,6 +1,108 @@
-"""Losses as functions of `RowStats`: each takes statistics and returns one value a row, in a few lines of PyTorch."""
+"""Losses: functions of `RowStats` with one value a row, and of what else a loss is made of. docs/losses.md lists them."""
 
 from . import catalogue
+from .adaptation import (
+    cauchy_schwarz_dependence,
+    class_correlation,
+    exponential_map,
+    hyperbolic_cross_entropy,
+    hyperbolic_logits,
+    mobius_add,
+    pairwise_confusion,
+    poincare_distance,
+)
+from .binary import (
+    background_triplet,
+    confident_bilateral,
+    ensemble_loss,
+    masked_bce,
+    preference_degree,
+    profit_aware_bce,
+    tri_bce,
+)
 from .cross_entropy import cross_entropy
+from .distillation import (
+    binary_distillation,
+    forward_kl,
+    jensen_shannon,
+    knowledge_distillation,
+    log_cosh,
+    mean_teacher_cross_entropy,
+    reverse_kl,
+    skewed_kl,
+    skewed_reverse_kl,
+    symmetric_kl,
+    teacher_cross_entropy,
+    total_variation,
+)
+from .noisy_labels import (
+    EarlyLearningTargets,
+    confidence_warmup,
+    early_learning,
+    product,
+    product_teacher,
+    weak_to_strong_confidence,
+)
+from .reweighting import aggregate_response, bag_mean, hard_fraction, kl_dro, loss_reweighted, multi_sample_dropout
+from .sequences import approximate_likelihood, chunk_logp, edit_invariant, target_logp
+from .simplex import soft_top_k, sparse_projection
+from .sparse_distillation import plackett_luce, plackett_luce_order, sparse_forward_kl
+from .values import bin_centres, bin_readout, hl_gauss, two_hot, two_hot_columns
 
-__all__ = ["catalogue", "cross_entropy"]
+__all__ = [
+    "EarlyLearningTargets",
+    "aggregate_response",
+    "approximate_likelihood",
+    "background_triplet",
+    "bag_mean",
+    "bin_centres",
+    "bin_readout",
+    "binary_distillation",
+    "catalogue",
+    "cauchy_schwarz_dependence",
+    "chunk_logp",
+    "class_correlation",
+    "confidence_warmup",
+    "confident_bilateral",
+    "cross_entropy",
+    "early_learning",
+    "edit_invariant",
+    "ensemble_loss",
+    "exponential_map",
+    "forward_kl",
+    "hard_fraction",
+    "hl_gauss",
+    "hyperbolic_cross_entropy",
+    "hyperbolic_logits",
+    "jensen_shannon",
+    "kl_dro",
+    "knowledge_distillation",
+    "log_cosh",
+    "loss_reweighted",
+    "masked_bce",
+    "mean_teacher_cross_entropy",
+    "mobius_add",
+    "multi_sample_dropout",
+    "pairwise_confusion",
+    "plackett_luce",
+    "plackett_luce_order",
+    "poincare_distance",
+    "preference_degree",
+    "product",
+    "product_teacher",
+    "profit_aware_bce",
+    "reverse_kl",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "soft_top_k",
+    "sparse_forward_kl",
+    "sparse_projection",
+    "symmetric_kl",
+    "target_logp",
+    "teacher_cross_entropy",
+    "total_variation",
+    "tri_bce",
+    "two_hot",
+    "two_hot_columns",
+    "weak_to_strong_confidence",
+]

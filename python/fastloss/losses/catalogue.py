@@ -24,6 +24,7 @@ class Entry:
     statistics: Statistics
     rows: bool
     temperature: str | None
+    engine: Callable[..., Mapping[str, Any]] | None = None
 
     def needs(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the statistics that the loss reads with these parameters, besides target logit and rest."""
@@ -48,18 +49,19 @@ def _register(entry: Entry) -> None:
 
 def row(
     *, formula: str, gradient: str, source: str, statistics: Statistics = (), temperature: str | None = None,
-    published: str = "",
+    published: str = "", engine: Callable[..., Mapping[str, Any]] | None = None,
 ) -> Callable[[Function], Function]:  # fmt: skip
     """Register a row loss: a function of `RowStats` (first argument) and keyword parameters, one value a row.
 
     statistics: the names to ask `row_stats` for besides the target logit and the LSE of the rest; a function of the
     loss's keyword parameters where they depend on them. temperature: the parameter that is also the temperature of the
-    statistics. published: what the published code gets wrong and what is done here instead.
+    statistics. engine: from the loss's keyword parameters, further arguments of `row_stats` (a term). published: what
+    the published code gets wrong and what is done here instead.
     """
 
     def register(function: Function) -> Function:
         name = function.__name__
-        _register(Entry(name, function, formula, gradient, source, published, statistics, True, temperature))
+        _register(Entry(name, function, formula, gradient, source, published, statistics, True, temperature, engine))
         return function
 
     return register
@@ -101,4 +103,6 @@ def split_arguments(loss: Callable[..., Any], given: Mapping[str, Any]) -> tuple
         engine["stats"] = tuple(dict.fromkeys((*known.needs(parameters), *asked)))
         if known.temperature is not None:
             engine["temperature"] = parameters[known.temperature]
+        if known.engine is not None:
+            engine |= known.engine(**parameters)
     return own, engine
