@@ -1,6 +1,7 @@
 // Python names of the kernels. Pointers arrive as integers (tensor.data_ptr()); python/fastloss has the checks.
 #include <pybind11/pybind11.h>
 
+#include "cpu/add_product.h"
 #include "cpu/cpu.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/kept_memory.h"
@@ -218,6 +219,18 @@ PYBIND11_MODULE(_C, m) {
                                             isa);
       },
       LINEAR_KEYWORDS);
+  m.def("add_product_why_not", &add_product_why_not, py::arg("isa"));
+  m.def(
+      "add_product_cpu",
+      [](uintptr_t total, uintptr_t a, uintptr_t b, uintptr_t rounded, int64_t n, int64_t v, int64_t d, int64_t lda,
+         int64_t ldb, bool first, int isa) {
+        py::gil_scoped_release release;
+        add_product_cpu({pointer<float>(total), pointer<void>(a), pointer<void>(b), pointer<void>(rounded), n, v, d,
+                         lda, ldb, first},
+                        isa);
+      },
+      py::kw_only(), py::arg("total"), py::arg("a"), py::arg("b"), py::arg("rounded"), py::arg("n"), py::arg("v"),
+      py::arg("d"), py::arg("lda"), py::arg("ldb"), py::arg("first"), py::arg("isa"));
   m.def(
       "row_terms_cpu",
       [](const RowTerms &args, int isa) {
