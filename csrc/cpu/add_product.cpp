@@ -1,6 +1,6 @@
-// total += a^T b on the tiles of linear_tiles.h. A thread takes strips of 32 columns of a past all of b, which is packed
-// once; the strip is transposed into the first-level cache, and each product of 32 x 32 is added to the total while its
-// next one is in the tile unit.
+// total += a^T b on the tiles of linear_tiles.h. A thread takes strips of 32 columns of a past all of b, which is
+// packed once; the strip is transposed into the first-level cache, and each product of 32 x 32 is added to the total
+// while its next one is in the tile unit.
 #include "add_product.h"
 
 #ifdef __x86_64__
@@ -107,7 +107,8 @@ private:
 const char *add_product_why_not(int isa) {
   if (best_isa() < kAvx512Bf16) return "the processor has no AVX-512 bf16";
   if (isa != kBestIsa && isa < kAvx512Bf16) return "the kernel exists for AVX-512 bf16 and AMX only";
-  if (isa == kAmxBf16 && !linear::has_amx_bf16()) return "the processor has no AMX bf16, or the system does not lend it";
+  if (isa == kAmxBf16 && !linear::has_amx_bf16())
+    return "the processor has no AMX bf16, or the system does not lend it";
   return nullptr;
 }
 

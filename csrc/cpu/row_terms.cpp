@@ -18,6 +18,9 @@ constexpr double kLog2eDouble = 1.44269504088896340736, kRootTwo = 1.41421356237
 constexpr double kInf = std::numeric_limits<double>::infinity(), kNan = std::numeric_limits<double>::quiet_NaN();
 // A rest this far below everything else may share its powers: the scores are rounded to a multiple of this number.
 constexpr double kSharedRest = 8;
+// The lean loops: scores up to here, and a KL from here on, whose rounding is then a millionth of it.
+constexpr float kLargestLean = 1e6f;
+constexpr double kSmallKl = 0.05, kLn2 = 0.693147180559945309417;
 
 struct FreeMemory {
   void operator()(void *address) const { std::free(address); }
@@ -65,7 +68,9 @@ public:
   TermRows(const RowTerms &args, int isa)
       : args_(args), loops_(term_loops_for(args.dtype, args.teacher_dtype, isa)),
         raw_((args.want & kTerm) && args.term >= kLogCosh),
-        normalised_((args.want & kTerm) && args.term != kNoTerm && args.term < kLogCosh) {
+        normalised_((args.want & kTerm) && args.term != kNoTerm && args.term < kLogCosh),
+        lean_(normalised_ && args.teacher && !args.value && args.softcap == 0 && args.scale > 0 &&
+              !(args.want & ~(kTerm | kTeacher))) {
     if (!args.subset) return;
     subset_ = floats(args.v);
     for (int64_t j = 0; j < args.v; ++j) subset_.get()[j] = args.subset[j] ? 1.f : 0.f;
@@ -86,6 +91,7 @@ private:
   const RowTerms &args_;
   const TermLoops loops_;
   const bool raw_, normalised_;
+  const bool lean_; // KL or a mixture of two, and nothing else
   Floats subset_;
 
   float &stat(int which, int64_t r) const { return args_.stats[which * args_.n + r]; }
@@ -113,7 +119,9 @@ private:
   double generate(int64_t r, Scratch &scratch) const;
   void find_tops(const TermLine &line, const Scratch &scratch, double &rest_top, double &top) const;
   void statistics(int64_t r, TermLine &line, const Scratch &scratch) const;
-  void write_term(int64_t r, const TermLine &line) const;
+  void prepare_lean(TermLine &line) const;
+  bool lean_statistics(int64_t r, TermLine &line, const Scratch &scratch) const;
+  void write_term(int64_t r, const TermLine &line, const TermHalves &halves) const;
   void gradient(int64_t r, TermLine &line, Scratch &scratch) const;
 };
 
@@ -182,6 +190,48 @@ void TermRows::find_tops(const TermLine &line, const Scratch &scratch, double &r
     top = std::max(top, double(float(score(element(line.logits.values, args_.dtype, column)))));
 }
 
+// The powers of the lean loops have a rounded exponent; its rounding, the same for every column, is known here.
+void TermRows::prepare_lean(TermLine &line) const {
+  const double warmth = line.warmth; // as rounded: equal scores of student and teacher have equal exponents
+  line.exponent_scale = float(args_.scale * warmth), line.exponent = float(line.ref * warmth);
+  line.teacher_exponent = float(line.teacher_ref * warmth);
+  line.rest_scale = float(args_.scale * kLog2eDouble), line.rest_exponent = float(line.rest_ref * kLog2eDouble);
+}
+
+// log2 of the power that the lean loops give a score of `top`.
+double top_exponent(float scale, float top, float logit_scale, float exponent) {
+  return double(scale) * (double(top) / logit_scale) - exponent;
+}
+
+// KL alone, in one pass. False where its summands must be made from the normalised p and q: they cancel in a small KL.
+bool TermRows::lean_statistics(int64_t r, TermLine &line, const Scratch &scratch) const {
+  if (!lean_ || line.term != kKl || !(std::fabs(line.ref) < kLargestLean && std::fabs(line.teacher_ref) < kLargestLean))
+    return false;
+  prepare_lean(line);
+  const LeanSums sums = loops_.lean.sums(line);
+  const double top = top_exponent(line.exponent_scale, line.ref, args_.scale, line.exponent);
+  const double teacher_top = top_exponent(line.warmth, line.teacher_ref, 1, line.teacher_exponent);
+  const double rest_top = top_exponent(line.rest_scale, line.rest_ref, args_.scale, line.rest_exponent);
+  const double log_powers = std::log(sums.powers), log_teacher = std::log(sums.teacher_powers);
+  const double forward = sums.forward * kLn2 / sums.teacher_powers + (log_powers - log_teacher);
+  const double reverse = sums.reverse * kLn2 / sums.powers + (log_teacher - log_powers);
+  if (!std::isfinite(sums.powers) || !std::isfinite(sums.teacher_powers)) return false;
+  if (!(args_.a == 0 || forward > kSmallKl) || !(args_.b == 0 || reverse > kSmallKl)) return false;
+  // The largest score is in the rest, so what is listed is half of the sum at most.
+  double rest = line.inverse == 1 ? sums.powers * std::exp2(-top) : sums.rest * std::exp2(-rest_top);
+  for (int64_t column : scratch.listed)
+    rest -= std::exp(score(element(line.logits.values, args_.dtype, column)) - line.rest_ref);
+  stat(kRestMax, r) = stat(kAllMax, r) = line.ref;
+  stat(kRestLogSum, r) = float(std::log(rest));
+  stat(kAllLogSum, r) = float(log_powers - top * kLn2);
+  stat(kTeacherMax, r) = line.teacher_ref;
+  stat(kTeacherLogSum, r) = float(log_teacher - teacher_top * kLn2);
+  TermHalves halves;
+  halves.of_teacher = forward, halves.of_student = reverse;
+  write_term(r, line, halves);
+  return true;
+}
+
 void TermRows::statistics(int64_t r, TermLine &line, const Scratch &scratch) const {
   const int want = args_.want;
   double rest_top, top, subset_top = -kInf, teacher_top = 0;
@@ -192,6 +242,7 @@ void TermRows::statistics(int64_t r, TermLine &line, const Scratch &scratch) con
   if (reads_teacher) teacher_top = loops_.teacher.largest(line.teacher.values, 0, args_.v, 1.f);
   line.ref = float(finite(top)), line.rest_ref = float(finite(rest_top));
   line.subset_ref = float(finite(subset_top)), line.teacher_ref = float(finite(teacher_top));
+  if (top == rest_top && teacher_top > -kInf && lean_statistics(r, line, scratch)) return;
   line.shares_rest = top == rest_top && line.inverse == 1;
   const TermSums sums = loops_.sums(line, loops_);
 
@@ -225,13 +276,18 @@ void TermRows::statistics(int64_t r, TermLine &line, const Scratch &scratch) con
     line.power = float(1 / sums.powers);
     line.teacher_power = line.log_generated ? 1.f : float(1 / sums.teacher_powers);
     line.shift = float((line.log_generated ? 0 : teacher_logsum) - logsum);
-    write_term(r, line);
+    TermHalves halves;
+    if (line.term == kMixture) { // q (log q - log m) by itself is good enough unless the sum is small
+      halves = loops_.halves_of_mixture(line, loops_);
+      if ((args_.a == 0 || halves.of_teacher > kSmallKl) && (args_.b == 0 || halves.of_student > kSmallKl))
+        return write_term(r, line, halves);
+    }
+    write_term(r, line, loops_.halves(line, loops_));
   }
 }
 
 // Term and slopes, of the sums of p and q known to be 1.
-void TermRows::write_term(int64_t r, const TermLine &line) const {
-  const TermHalves halves = loops_.halves(line, loops_);
+void TermRows::write_term(int64_t r, const TermLine &line, const TermHalves &halves) const {
   const double a = args_.a, b = args_.b, beta = args_.c;
   if (args_.term == kTotalVariation) {
     stat(kTermRow, r) = float(halves.of_teacher);
@@ -284,6 +340,17 @@ void TermRows::gradient(int64_t r, TermLine &line, Scratch &scratch) const {
     if (absent(id(r, k))) continue;
     auto place = std::lower_bound(scratch.listed.begin(), scratch.listed.end(), id(r, k)) - scratch.listed.begin();
     scratch.coefficients[place] += coefficient(kCoefListed + int(k), r);
+  }
+  const bool lean_term = line.term == kKl || (line.term == kMixture && line.proportional);
+  const bool finite_scores = std::fabs(line.ref) < kLargestLean && std::fabs(line.teacher_ref) < kLargestLean;
+  if (lean_ && line.slope != 0 && lean_term && finite_scores && (line.rest == 0 || line.shares_rest)) {
+    prepare_lean(line);
+    const double top = top_exponent(line.exponent_scale, line.ref, args_.scale, line.exponent);
+    const double teacher_top = top_exponent(line.warmth, line.teacher_ref, 1, line.teacher_exponent);
+    line.lean_power = float(inverse_sum(logsum) * std::exp2(-top));
+    line.lean_teacher_power = float(inverse_sum(teacher_logsum) * std::exp2(-teacher_top));
+    line.lean_shift = float((teacher_logsum - logsum) + (teacher_top - top) * kLn2);
+    return loops_.lean.gradient(line, loops_, scratch.coefficients.data());
   }
   loops_.gradient(line, loops_, scratch.coefficients.data());
 }

@@ -45,7 +45,22 @@ struct TermLine {
   float inverse, warmth, shift; // 1 / T, log2(e) / T; what a - b is beyond the difference of the scores
   float power, teacher_power;   // p = power * e^..., q = teacher_power * e^...
   float a, b, beta;
+  float exponent_scale, exponent, teacher_exponent, rest_scale, rest_exponent;
+  float lean_power, lean_teacher_power, lean_shift; // power, teacher_power and shift for the lean loops
   float rest, rest_of_all, all, all_z, all_t, teacher_share, slope, subset_share, column, linear, arg;
+};
+
+// Of the lean loops: powers are 2^(exponent_scale logit - exponent), the rest's at T = 1.
+struct LeanSums {
+  double powers = 0, teacher_powers = 0, rest = 0, forward = 0, reverse = 0;
+};
+enum LeanKind : int { kLeanForward, kLeanGeneral, kLeanMixture };
+
+struct TermLoops;
+
+struct LeanLoops {
+  LeanSums (*sums)(const TermLine &);
+  void (*gradient)(const TermLine &, const TermLoops &, const float *listed_coefficients);
 };
 
 struct ScoreLoops {
@@ -59,7 +74,9 @@ struct TermLoops {
   float (*largest_inside)(const TermLine &, const ScoreLoops &);
   TermSums (*sums)(const TermLine &, const TermLoops &);
   TermHalves (*halves)(const TermLine &, const TermLoops &);
+  TermHalves (*halves_of_mixture)(const TermLine &, const TermLoops &);
   void (*gradient)(const TermLine &, const TermLoops &, const float *listed_coefficients);
+  LeanLoops lean;
 };
 
 } // namespace
