@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "cpu/add_product.h"
 #include "cpu/cpu.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/kept_memory.h"
@@ -140,6 +141,40 @@ RowSample row_sample_of(uintptr_t logits, uintptr_t seed, uintptr_t streams, uin
   py::kw_only(), py::arg("logits"), py::arg("seed"), py::arg("streams"), py::arg("index"), py::arg("logp"),            \
       py::arg("n"), py::arg("v"), py::arg("ld"), py::arg("dtype"), py::arg("scale"), py::arg("softcap")
 
+RowTerms row_terms_of(uintptr_t logits, uintptr_t listed, uintptr_t teacher, uintptr_t value, uintptr_t subset,
+                      uintptr_t temperature, uintptr_t coef, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits,
+                      int64_t n, int64_t v, int64_t k, int64_t ld, int64_t ld_teacher, int64_t ld_out,
+                      int64_t ignore_index, int dtype, int teacher_dtype, int mode, int want, int term, float scale,
+                      float softcap, float a, float b, float c) {
+  return {pointer<void>(logits),
+          pointer<int64_t>(listed),
+          pointer<void>(teacher),
+          pointer<float>(value),
+          pointer<uint8_t>(subset),
+          pointer<float>(temperature),
+          pointer<float>(coef),
+          pointer<float>(stats),
+          pointer<int64_t>(argmax),
+          pointer<void>(dlogits),
+          n,
+          v,
+          k,
+          ld,
+          ld_teacher,
+          ld_out,
+          ignore_index,
+          dtype,
+          teacher_dtype,
+          mode,
+          want,
+          term,
+          scale,
+          softcap,
+          a,
+          b,
+          c};
+}
+
 // One keyword for each field of RowStats, in the order of row_stats_of.
 #define ROW_STATS_KEYWORDS                                                                                             \
   py::arg("mode"), py::arg("logits"), py::arg("target"), py::arg("prob"), py::arg("column_weight"),                    \
@@ -168,6 +203,13 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer([](Memory &memory) {
         return py::buffer_info(memory.address, 1, py::format_descriptor<uint8_t>::format(), py::ssize_t(memory.bytes));
       });
+  py::class_<RowTerms>(m, "RowTerms")
+      .def(py::init(&row_terms_of), py::kw_only(), py::arg("logits"), py::arg("listed"), py::arg("teacher"),
+           py::arg("value"), py::arg("subset"), py::arg("temperature"), py::arg("coef"), py::arg("stats"),
+           py::arg("argmax"), py::arg("dlogits"), py::arg("n"), py::arg("v"), py::arg("k"), py::arg("ld"),
+           py::arg("ld_teacher"), py::arg("ld_out"), py::arg("ignore_index"), py::arg("dtype"),
+           py::arg("teacher_dtype"), py::arg("mode"), py::arg("want"), py::arg("term"), py::arg("scale"),
+           py::arg("softcap"), py::arg("a"), py::arg("b"), py::arg("c"));
   m.def("keep_memory", &keep_memory, py::arg("limit"));
   m.def("best_isa", &best_isa);
   m.def("isa_name", &isa_name, py::arg("isa"));
@@ -269,6 +311,25 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           pointwise_loss_cpu(args, isa);
         });
+  m.def("add_product_why_not", &add_product_why_not, py::arg("isa"));
+  m.def(
+      "add_product_cpu",
+      [](uintptr_t total, uintptr_t a, uintptr_t b, uintptr_t rounded, int64_t n, int64_t v, int64_t d, int64_t lda,
+         int64_t ldb, bool first, int isa) {
+        py::gil_scoped_release release;
+        add_product_cpu({pointer<float>(total), pointer<void>(a), pointer<void>(b), pointer<void>(rounded), n, v, d,
+                         lda, ldb, first},
+                        isa);
+      },
+      py::kw_only(), py::arg("total"), py::arg("a"), py::arg("b"), py::arg("rounded"), py::arg("n"), py::arg("v"),
+      py::arg("d"), py::arg("lda"), py::arg("ldb"), py::arg("first"), py::arg("isa"));
+  m.def(
+      "row_terms_cpu",
+      [](const RowTerms &args, int isa) {
+        py::gil_scoped_release release;
+        row_terms_cpu(args, isa);
+      },
+      py::arg("args"), py::arg("isa"));
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;

@@ -1,6 +1,7 @@
 // The CPU kernels, and the instruction sets they are compiled for. `isa` -1 means the best one of this machine.
 #pragma once
 #include "../fastloss.h"
+#include "../row_terms.h"
 
 namespace fastloss {
 
@@ -11,5 +12,6 @@ const char *isa_name(int isa);
 
 void row_stats_cpu(const RowStats &args, int isa);
 void row_sample_cpu(const RowSample &args, int isa);
+void row_terms_cpu(const RowTerms &args, int isa);
 
 } // namespace fastloss

@@ -41,6 +41,22 @@ def linear_cross_entropy_why_not(
     dbias: int, n: int, d: int, v: int, ldx: int, ldw: int, ignore_index: int, max_extra_bytes: int, dtype: int,
     want: int, scale: float, softcap: float, margin_loss: int = 0, margin_a: float = 0, margin_b: float = 0, isa: int,
 ) -> str | None: ...  # fmt: skip
+
+class RowTerms:
+    """The fields of csrc/row_terms.h."""
+
+    def __init__(
+        self, *, logits: int, listed: int, teacher: int, value: int, subset: int, temperature: int, coef: int, stats: int,
+        argmax: int, dlogits: int, n: int, v: int, k: int, ld: int, ld_teacher: int, ld_out: int, ignore_index: int,
+        dtype: int, teacher_dtype: int, mode: int, want: int, term: int, scale: float, softcap: float, a: float, b: float,
+        c: float,
+    ) -> None: ...  # fmt: skip
+
+def add_product_why_not(isa: int) -> str | None: ...
+def add_product_cpu(
+    *, total: int, a: int, b: int, rounded: int, n: int, v: int, d: int, lda: int, ldb: int, first: bool, isa: int
+) -> None: ...
+def row_terms_cpu(args: RowTerms, isa: int) -> None: ...
 def device_count() -> int: ...
 def device_info(device: int) -> str: ...
 def row_stats_cuda(

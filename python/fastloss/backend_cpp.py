@@ -10,6 +10,7 @@ from torch import Tensor
 from . import kept_memory
 from .compiled import _C, DTYPES, MISSING, CompiledRows, check_rows, nll_only, pointer, register, why_not_linear
 from .compiled_pointwise import CompiledPointwise
+from .compiled_terms import CompiledTerms, register_terms
 from .contract import NUM_EPILOGUES, NUM_STATS, Needs, Stat
 from .registry import kernel
 
@@ -56,6 +57,27 @@ def _launch_pointwise(input: Tensor, *args: Any) -> None:
 CompiledPointwise(_launch_pointwise, lambda shape, dtype, device: kept_memory.empty(shape, dtype)).register(
     "cpp", _missing
 )
+
+
+def check_listed(listed: Tensor | None, columns: int, ignore_index: int) -> None:
+    """Raise IndexError for a listed id beyond the columns; negative ids and ignore_index say that there is none."""
+    if listed is None or not listed.numel():
+        return
+    bad = (listed >= columns) & (listed != ignore_index)
+    if bool(bad.any()):
+        row, k = (int(i) for i in bad.nonzero()[0])
+        raise IndexError(
+            f"listed column {int(listed[row, k])} at [{row}, {k}] is out of bounds: columns are 0..{columns - 1}; "
+            f"a negative id or ignore_index {ignore_index} means none"
+        )
+
+
+def _launch_terms(logits: Tensor, /, **fields: Any) -> None:
+    _C.row_terms_cpu(_C.RowTerms(**fields), isa=ISA)  # type: ignore[union-attr]
+
+
+terms = CompiledTerms(_launch_terms, lambda x: kept_memory.empty(x.shape, x.dtype))
+register_terms("cpp", terms, _missing, check_listed)
 
 
 def why_not_head(

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .add_product import add_product, takes
 from .contract import NUM_STATS, Needs, Want
+from .kept_memory import empty_beside
 from .reference import accumulator
 
 #: Rows of a chunk when the caller sets no limit: enough for GEMMs to run at full speed. A GPU needs more than a CPU.
@@ -68,7 +70,7 @@ class _Problem(NamedTuple):
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits of these rows); the buffer is used again for the next chunk."""
         n, v = self.x.shape[0], self.w.shape[0]
-        buffer = torch.empty(min(self.rows, n) * v, dtype=self.x.dtype, device=self.x.device)
+        buffer = empty_beside(self.x, (min(self.rows, n) * v,), self.x.dtype)
         for start in range(0, n, self.rows):
             part = slice(start, min(n, start + self.rows))
             z = buffer[: (part.stop - start) * v].view(-1, v)
@@ -100,7 +102,9 @@ def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (float32) += aᵀ b."""
-    if total.dtype == a.dtype:
+    if takes(total, a, b):
+        add_product(total, a, b, first)
+    elif total.dtype == a.dtype:
         torch.addmm(total, a.T, b, beta=0 if first else 1, out=total)
     elif a.is_cuda and _adds_in_float32(a.device, a.dtype):
         torch.addmm(total, a.T, b, out_dtype=torch.float32, beta=0 if first else 1, out=total)
@@ -139,7 +143,7 @@ class _Gradients:
         self.dw = grad_weight
         if grad_weight is None and needs & Needs.WEIGHT:
             several = x.shape[0] > p.rows
-            self.dw = w.new_empty(w.shape, dtype=wide if several or half else w.dtype)
+            self.dw = empty_beside(w, w.shape, wide if several or half else w.dtype)
             if not len(x):
                 self.dw.zero_()
         elif not needs & Needs.WEIGHT:
@@ -152,7 +156,12 @@ class _Gradients:
         if self.dw is not None and self.given and self.unlift is not None:
             self.dw += torch.mm(dz.float().T, p.x[part].float()) * self.unlift
         elif self.dw is not None:
-            _add_product(self.dw, dz, p.x[part], first=part.start == 0 and not self.given)
+            x, first, last = p.x[part], part.start == 0 and not self.given, part.stop == len(p.x)
+            if last and not self.given and self.unlift is None and takes(self.dw, dz, x):
+                total, self.dw = self.dw, empty_beside(p.w, p.w.shape, p.w.dtype)
+                add_product(total, dz, x, first, rounded=self.dw)
+            else:
+                _add_product(self.dw, dz, x, first)
         if self.db is not None:
             self.db += dz.sum(0, dtype=self.db.dtype)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,15 +10,9 @@ from torch import Tensor
 
 from .chunked import Chunked, RowKernels
 from .contract import NUM_COEFS, NUM_EPILOGUES, NUM_STATS, Want
+from .extension import _C as _C
+from .extension import MISSING as MISSING
 from .registry import kernel
-
-_C: ModuleType | None
-try:
-    from . import _C  # type: ignore[no-redef]
-
-    MISSING: str | None = None
-except ImportError as error:  # a pure-Python install works; explain() and info say what is missing
-    _C, MISSING = None, f"the compiled extension is missing ({error}); reinstall with a C++17 compiler on PATH"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STATS, GRADIENT, BOTH = 0, 1, 2

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from .compiled import _C
+from .extension import _C
 
 LARGE = 4 << 20  # kLargeBlock of csrc/cpu/kept_memory.h
 
@@ -37,6 +37,11 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
     storage = torch.frombuffer(_C.Memory(size), dtype=torch.uint8).untyped_storage()
     strides = torch.empty(shape, device="meta").stride()
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tuple(shape), strides)  # type: ignore[call-overload]
+
+
+def empty_beside(x: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """torch.empty on the device of x, of kept memory where that is the CPU."""
+    return empty(shape, dtype) if type(x) is Tensor and x.device.type == "cpu" else x.new_empty(shape, dtype=dtype)
 
 
 if "FASTLOSS_KEEP_BYTES" in os.environ:

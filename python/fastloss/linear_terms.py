@@ -16,6 +16,7 @@ from . import registry
 from .autograd_terms import TermOperands, TermOptions
 from .chunked import _Gradients, _lifted, _pick, _pick_some, _Problem, _rows_in_use, chunk_rows
 from .contract import TermStat, Want
+from .kept_memory import empty_beside
 from .reference import accumulator
 from .registry import kernel
 from .terms import TeacherHead
@@ -39,7 +40,7 @@ class _Rows(NamedTuple):
         x, w, bias, scale, softcap = self.head
         rows = part.stop - part.start
         if not buffer:
-            buffer.append(x.new_empty(rows, w.shape[0]))
+            buffer.append(empty_beside(x, (rows, w.shape[0]), x.dtype))
         t = buffer[0][:rows]
         if bias is None:
             torch.mm(x[part], w.T, out=t)

@@ -134,7 +134,7 @@ def _row_terms_fake(
     logits, listed=None, teacher=None, value=None, subset=None, temperature=None, ignore_index=-100, want=0, *_
 ):
     n, k = logits.shape[0], 0 if listed is None else listed.shape[1]
-    table = logits.new_empty((TermStat.LISTED + k, n), dtype=torch.promote_types(logits.dtype, torch.float32))
+    table = logits.new_empty((int(TermStat.LISTED) + k, n), dtype=torch.promote_types(logits.dtype, torch.float32))
     return table, logits.new_empty((n,) if want & Want.ARGMAX else (0,), dtype=torch.int64)
 
 

@@ -61,14 +61,19 @@ def _product(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(none, 0.0, weight * torch.where(none, 0.0, x))
 
 
+def _weighted(first: float, x: Tensor, second: float, y: Tensor) -> Tensor:
+    """first x + second y; what has the factor 0 does not count, though it be infinite."""
+    return (first * x if first else torch.zeros_like(x)) + (second * y if second else torch.zeros_like(y))
+
+
 def term_function(term: int, a: Tensor, b: Tensor, t: Tensor, numbers: tuple[float, ...]) -> Tensor:
     """f(a_j, b_j) of every column, differentiable in a and b, in the form whose derivatives the contract names."""
     first, second, beta = numbers
     if term == Term.KL:
-        return first * _product(b.exp(), b - a) + second * _product(a.exp(), a - b)
+        return _weighted(first, _product(b.exp(), b - a), second, _product(a.exp(), a - b))
     if term == Term.MIXTURE:
         m = torch.logaddexp(b + math.log(beta), a + math.log1p(-beta))
-        return first * _product(b.exp(), b - m) + second * _product(a.exp(), a - m)
+        return _weighted(first, _product(b.exp(), b - m), second, _product(a.exp(), a - m))
     if term == Term.TOTAL_VARIATION:
         return (a.exp() - b.exp()).abs() / 2
     if term == Term.LOG_COSH:
@@ -87,14 +92,14 @@ def _slopes(term: int, a: Tensor, b: Tensor, t: Tensor, numbers: tuple[float, ..
     p, q = a.exp(), b.exp()
     if term == Term.KL:
         u = a - b
-        return second * _product(p, u + 1) - first * q, first * _product(q, 1 - u) - second * p
+        return _weighted(second, _product(p, u + 1), -first, q), _weighted(first, _product(q, 1 - u), -second, p)
     if term == Term.MIXTURE:
         m = torch.logaddexp(b + math.log(beta), a + math.log1p(-beta))
         share = first * q + second * p
         own, other = (a + math.log1p(-beta) - m).exp(), (b + math.log(beta) - m).exp()
         return (
-            second * _product(p, a - m + 1) - _product(share, own),
-            first * _product(q, b - m + 1) - _product(share, other),
+            _weighted(second, _product(p, a - m + 1), -1.0, _product(share, own)),
+            _weighted(first, _product(q, b - m + 1), -1.0, _product(share, other)),
         )
     if term == Term.TOTAL_VARIATION:
         sign = torch.sign(p - q) / 2
