@@ -116,7 +116,9 @@ def asks_wide(
 ) -> Asked | None:  # fmt: skip
     """The call of `row_terms` that the arguments ask for, or None where `row_stats` serves them."""
     trained = warm is not None and warm.requires_grad
-    if not (wide.given or trained or o.want & _WIDE_ONLY):
+    # row_stats has E_p[z] from the rest's maximum, and an entropy's gradient cancels in it where p_y is near 1.
+    entropy = bool(o.want & Want.ENTROPY) and warm is None and prob is None and column_weight is None
+    if not (wide.given or trained or entropy or o.want & _WIDE_ONLY):
         return None
     if prob is not None or column_weight is not None:
         raise ValueError(
