@@ -39,6 +39,7 @@ class Call(NamedTuple):
     loss: Rows
     reduction: str
     limit: int
+    combination: tuple[float, float] | None = None  # the loss is this times (-log p of the target, term)
 
 
 class Family(Protocol):
@@ -135,6 +136,16 @@ class TermFamily(NamedTuple):
         """(loss, dx, dw, dbias), chunk by chunk."""
         o, loss = self.asked.options, self.call.loss
         share = _share(self._target, x, o.ignore_index, self.call.reduction)
+        head, call = self.asked.head, self.call
+        if call.combination is not None and x.device.type == "cpu":
+            shares = [float(share) * factor for factor in call.combination]
+            if linear_terms.can_fuse(x, self.asked.operands, head, o, shares[0]):
+                stats, *gradients = linear_terms.fused(
+                    x, w, bias, self.asked.operands, head, o, needs, call.limit, *shares
+                )
+                nothing = stats.new_empty(0)
+                s = self._named(self.asked.operands, stats, nothing, nothing)
+                return _sum(s, loss) * share, *gradients  # type: ignore[return-value]
 
         def chunk(stats: Tensor, argmax: Tensor, rows: TermOperands) -> tuple[Tensor, Tensor]:
             def named(table: Tensor, top: Tensor) -> RowStats:
@@ -143,8 +154,7 @@ class TermFamily(NamedTuple):
             value, g, g_top = _differentiated(loss, share, stats, autograd_terms.largest(stats, o.want), named)
             return value, term_coefficients(g, g_top, stats, rows.temperature, o.want, o.term)
 
-        head = self.asked.head
-        return linear_terms.separable(x, w, bias, self.asked.operands, head, o, needs, self.call.limit, chunk)
+        return linear_terms.separable(x, w, bias, self.asked.operands, head, o, needs, call.limit, chunk)
 
     def recompute(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The same loss by mode R."""
