@@ -10,7 +10,9 @@ namespace {
 // A rest below this, relative to the largest power, has lost digits in fp32.
 constexpr double kSmallestRest = 0x1p-60;
 // A mixture's half is a KL less what comes close to it: where the KL is larger, both are made from p and q.
-constexpr double kLargeKl = 8;
+constexpr double kLargeKl = 3;
+// A mixture takes p for at least 2^-80 of the largest of its block, which must be a normal number of the row.
+constexpr double kLargestRise = 20;
 
 // What autograd gives for the loss: d (-log p_y) = sigmoid(-d) (d rest - d z_y), d = z_y - log sum of the rest.
 void TermRows::own_coefficients(int64_t r, Scratch &scratch) const {
@@ -33,8 +35,11 @@ bool TermRows::kept_halves(TermLine &line, KeptKind kind, const KeptSums &sums, 
   double kl = kind == kKeptReverse ? shift - share : share - shift;
   if (!std::isfinite(kl)) return false;
   if (kind == kKeptMixture) {
+    if (double(line.exponent) - line.block_exponents[0] > kLargestRise) return false;
     const MixtureSums mixture = loops_.kept.mix(line);
-    halves.of_student = mixture.of_student, halves.of_teacher = kl + mixture.of_teacher;
+    // sum p = sum q, which takes the rounding of their factors away
+    const double gap = double(line.teacher_power) * sums.teacher_powers - double(line.power) * sums.powers;
+    halves.of_student = mixture.of_student + args_.c * gap, halves.of_teacher = kl + mixture.of_teacher;
     if (!(kl < kLargeKl && halves.of_student > kSmallKl && halves.of_teacher > kSmallKl))
       halves = loops_.kept.mix_exactly(line);
     slope = b * halves.of_student;
@@ -71,14 +76,12 @@ bool TermRows::kept_gradient(int64_t r, TermLine &line, Scratch &scratch) const 
   const double scale = args_.scale, term = args_.term_share * line.inverse, a = args_.a, b = args_.b;
   double own = -term * slope;
   if (kind == kKeptReverse) own += term * b * (1 + double(line.lean_shift));
-  own = scale * (own / sums.powers);
-  const double power = own + scale * (scratch.own[kCoefRest] / sums.rest);
-  double other = scale * (term * b);
-  if (kind == kKeptForward) other = scale * (term * a / sums.teacher_powers) / power;
-  if (kind == kKeptReverse) other *= -kLn2 / sums.powers;
-  if (!std::isfinite(power) || !std::isfinite(other)) return false;
-  line.kept_power = float(power), line.kept_other = float(other), line.kept_own = float(own);
-  line.kept_listed = float(scale * scratch.own[kCoefListed]);
+  line.kept_rest = with_nll ? scale * (scratch.own[kCoefRest] / sums.rest) : 0;
+  line.kept_power = scale * (own / sums.powers) + line.kept_rest;
+  line.kept_other = kind == kKeptForward   ? -(scale * (term * a / sums.teacher_powers))
+                    : kind == kKeptReverse ? scale * (term * b * -kLn2 / sums.powers)
+                                           : scale * (term * b);
+  line.kept_listed = scale * scratch.own[kCoefListed];
   loops_.kept.write[kind](line);
   return true;
 }

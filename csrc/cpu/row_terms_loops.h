@@ -51,9 +51,8 @@ struct TermLine {
   float power, teacher_power;   // p = power * e^..., q = teacher_power * e^...
   float a, b, beta;
   float exponent_scale, exponent, teacher_exponent, rest_scale, rest_exponent;
-  float lean_power, lean_teacher_power, lean_shift; // power, teacher_power and shift for the lean loops
-  float kept_power, kept_other, kept_own,
-      kept_listed; // of the kept loops: factors of the gradient; of the listed column
+  float lean_power, lean_teacher_power, lean_shift;      // power, teacher_power and shift for the lean loops
+  double kept_power, kept_other, kept_rest, kept_listed; // of the kept loops: factors of the gradient
   float rest, rest_of_all, all, all_z, all_t, teacher_share, slope, subset_share, column, linear, arg;
 };
 

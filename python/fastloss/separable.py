@@ -17,7 +17,7 @@ from .autograd import Options, _differentiate, forward_mode_active, functorch_ac
 from .autograd_terms import TermOperands
 from .chunked import Chunked, RowKernels
 from .contract import Needs
-from .fused import denominator
+from .fused import denominator, direct
 from .statistics import RowStats, coefficients, largest, pack
 from .term_statistics import term_coefficients
 from .wide import Asked
@@ -184,7 +184,10 @@ class _Separable(torch.autograd.Function):
             (dw, w, Needs.WEIGHT),
             (db, w if bias is None else bias, Needs.BIAS),
         ):
-            new = d * g if keeps_graph() or g.device.type == "cuda" else d.mul_(g)
+            if keeps_graph() or g.device.type == "cuda":
+                new = d * g
+            else:  # the gradient that was made is one for an upstream gradient of 1
+                new = d if direct(g, d) and g.item() == 1 else d.mul_(g)
             grads.append(new.to(like.dtype) if ctx.needs & flag else None)
         return *grads, None, None
 
