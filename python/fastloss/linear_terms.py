@@ -21,6 +21,9 @@ from .reference import accumulator
 from .registry import kernel
 from .terms import TeacherHead
 
+#: Rows of a chunk of `fused`: two heads' GEMMs of 1024 rows cost a tenth less than those of 512 on a CPU.
+FUSED_ROWS = 1024
+
 Coefficients = Callable[[Tensor, Tensor, TermOperands], tuple[Tensor, Tensor]]
 
 
@@ -70,6 +73,7 @@ def _prepare(
     head: TeacherHead | None,
     o: TermOptions,
     limit: int,
+    rows: int = 0,
 ) -> _Rows:
     first = None if operands.listed is None or not operands.listed.shape[1] else operands.listed[:, 0]
     index = _rows_in_use(x, first, o.ignore_index)
@@ -84,7 +88,7 @@ def _prepare(
     if head is not None:
         head = head._replace(input=_pick(head.input, index))
         limit = limit // 2 if limit else 0  # two matrices of a chunk at a time
-    return _Rows(_Problem(x_used, w, bias, None, None, chunk_rows(x_used, w, limit)), picked, head, index)
+    return _Rows(_Problem(x_used, w, bias, None, None, chunk_rows(x_used, w, limit, rows)), picked, head, index)
 
 
 def _backward_over(
@@ -184,7 +188,7 @@ def fused(
 
     What `stats` holds besides the term and -log p_y is said in compiled_terms.py.
     """
-    r = _prepare(x, w, bias, operands, head, o, limit)
+    r = _prepare(x, w, bias, operands, head, o, limit, FUSED_ROWS)
     k = 0 if operands.listed is None else operands.listed.shape[1]
     table = x.new_zeros(TermStat.LISTED + k, x.shape[0], dtype=accumulator(x[:0]).dtype)
     lift = _lift(r) if x.dtype == torch.float16 else 1.0
