@@ -45,6 +45,11 @@ def _check_pair(chosen: Tensor, rejected: Tensor) -> None:
         raise ValueError(f"one chosen answer a rejected one, got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
 
 
+def _check_like(name: str, given: Tensor, logp: Tensor) -> None:
+    if given.shape != logp.shape:
+        raise ValueError(f"{name} must have shape {tuple(logp.shape)}, got {tuple(given.shape)}")
+
+
 def _logistic(u: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - e) log sigmoid(u) - e log sigmoid(-u)."""
     if not 0 <= label_smoothing <= 0.5:
@@ -116,6 +121,8 @@ def orpo(chosen: Tensor, rejected: Tensor, *, weight: float = 0.1, nll: Tensor |
     chosen, rejected: means of token log-probabilities. nll: the language-model loss of each pair, by default -chosen.
     """
     _check_pair(chosen, rejected)
+    if nll is not None:
+        _check_like("nll", nll, chosen)
     # p = 1 to the last digit has infinite odds; next to it they are finite, and the loss is smooth there
     tiny = torch.finfo(chosen.dtype).tiny ** 0.5
     ratio = _log_expm1(tiny - rejected) - _log_expm1(tiny - chosen)
@@ -168,6 +175,7 @@ def rpo(
         return loss - eta * beta * chosen
     if chosen_tokens is None:
         raise ValueError("nll_weight needs chosen_tokens, the number of tokens of each chosen answer; got None")
+    _check_like("chosen_tokens", chosen_tokens, chosen)
     return loss - nll_weight * chosen / chosen_tokens.clamp(min=1)
 
 
@@ -195,6 +203,10 @@ def kto(
     if desirable.shape != logp.shape or desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be bool {tuple(logp.shape)}, got {desirable.dtype} {tuple(desirable.shape)}")
     point = reference_point.detach() if isinstance(reference_point, Tensor) else reference_point
+    if isinstance(point, Tensor):
+        point = point.reshape(()) if point.numel() == 1 else point
+        if point.dim():
+            _check_like("reference_point, if it is not one number,", point, logp)
     u = beta * (_log_ratio(logp, reference_logp, "all", False) - point)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-u), undesirable_weight * torch.sigmoid(u))
 
