@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -36,6 +37,8 @@ def loss_reweighted(losses: Tensor, *, strategy: str = "linupper", r: float = 0.
     """
     if strategy not in _STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(_STRATEGIES)}, got {strategy!r}")
+    if not r > 0:
+        raise ValueError(f"r must be > 0, got {r}")
     detached = _vector(losses).detach()
     low, high = detached.amin(), detached.amax()
     spread = high - low
@@ -53,7 +56,12 @@ def kl_dro(losses: Tensor, *, r: float = 1.0) -> Tensor:
     if not r > 0:
         raise ValueError(f"r must be > 0, got {r}")
     n = len(_vector(losses))
-    return r * ((losses / r).logsumexp(0) - torch.tensor(float(n), dtype=losses.dtype).log().to(losses.device))
+    top = losses.detach().amax()  # a constant: it falls out of the sum
+    below = (losses - top) / r
+    # log of a mean near 1, for a large r: log sum - log n would leave no digit of it
+    near = torch.expm1(below).mean()
+    spread = torch.where(near > -0.5, torch.log1p(near.clamp(min=-0.5)), below.logsumexp(0) - math.log(n))
+    return top + r * spread
 
 
 @catalogue.entry(
@@ -65,15 +73,16 @@ def hard_fraction(losses: Tensor, *, fraction: float = 0.5) -> Tensor:
     """The mean over the hardest fraction of losses [N]."""
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    k = max(1, -int(-fraction * len(_vector(losses)) // 1))
+    k = max(1, math.ceil(round(fraction * len(_vector(losses)), 9)))  # 0.07 * 100 is 7.000000000000001
     return losses.topk(k).values.mean()
 
 
 def bag_mean(x: Tensor, bags: Tensor, count: int) -> Tensor:
     """Means of x [N, ...] over the bags [N] (ids 0..count-1): [count, ...]; 0 for an empty bag."""
-    total = x.new_zeros(count, *x.shape[1:]).index_add(0, bags, x)
-    size = torch.bincount(bags, minlength=count).clamp(min=1).to(x.dtype)
-    return total / size.reshape(-1, *(1,) * (x.dim() - 1))
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))  # a sum or a count in 16 bits stops growing
+    total = exact.new_zeros(count, *x.shape[1:]).index_add(0, bags, exact)
+    size = torch.bincount(bags, minlength=count).clamp(min=1).to(exact.dtype)
+    return (total / size.reshape(-1, *(1,) * (x.dim() - 1))).to(x.dtype)
 
 
 @catalogue.entry(
