@@ -135,3 +135,11 @@ def test_dependence_in_half_precision(dtype: torch.dtype) -> None:
     got = losses.cauchy_schwarz_dependence(x, x[:, :1])
     want = losses.cauchy_schwarz_dependence(x.double(), x[:, :1].double())
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=0)
+
+
+def test_hyperbolic_scores_under_autocast() -> None:
+    x, target = torch.randn(4, 3), torch.tensor([0, 1, 1, -100])
+    planes, normals = losses.exponential_map(torch.randn(2, 3)), torch.randn(2, 3)
+    want = losses.hyperbolic_cross_entropy(x, target, planes, normals)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(losses.hyperbolic_cross_entropy(x, target, planes, normals), want)

@@ -18,6 +18,8 @@ def class_correlation(logits: Tensor) -> Tensor:
     """Core, the class-correlation loss of alpha-BN: how much the predictions [B, C] of a batch confuse pairs of classes.
 
     0 when every prediction is certain. Classes that no prediction gives any mass count nothing.
+
+    One number, in float32 at least. Raises ValueError for other shapes.
     """
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C], got {tuple(logits.shape)}")
@@ -80,7 +82,10 @@ def poincare_distance(x: Tensor, y: Tensor, *, c: float = 0.1) -> Tensor:
     published="Hyp-PC takes atan where the geometry has artanh",
 )
 def pairwise_confusion(points: Tensor, *, c: float = 0.1) -> Tensor:
-    """Hyp-PC: the mean distance between the first and the second half of points [2 B, D] of the Poincare ball."""
+    """Hyp-PC: the mean distance between the first and the second half of points [2 B, D] of the Poincare ball.
+
+    Raises ValueError for another shape and c <= 0.
+    """
     if points.dim() != 2 or len(points) % 2 or not len(points):
         raise ValueError(f"takes an even number of points [2 B, D], got {tuple(points.shape)}")
     first, second = points.chunk(2)
@@ -96,7 +101,7 @@ def hyperbolic_logits(points: Tensor, planes: Tensor, normals: Tensor, *, c: flo
     size = _norm(normals)[:, 0].clamp(min=1e-12)
     conformal = 2 / (1 - c * (planes * planes).sum(-1))
     inside = (1 - c * (moved * moved).sum(-1)).clamp(min=1e-7)
-    projected = torch.einsum("bcd,cd->bc", moved, normals)
+    projected = (moved * normals).sum(-1)  # no matrix product: autocast would round it to 16 bits
     return conformal * size / c**0.5 * torch.asinh(2 * c**0.5 * projected / (inside * size))
 
 
@@ -124,6 +129,8 @@ def cauchy_schwarz_dependence(
     """The Cauchy-Schwarz quadratic mutual information of samples x [N, D] and y [N, E] under Gaussian kernels.
 
     sigma: the kernel's width squared, e^(-d^2 / sigma); None: 10 times the median of the squared distances, detached.
+
+    One number, in float32 at least. Raises ValueError for other shapes and N < 2.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < 2:
         raise ValueError(f"takes x [N, D] and y [N, E] with N >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")

@@ -84,7 +84,10 @@ def group_relative(rewards: Tensor, groups: Tensor | int, *, scale: bool = True,
     published="tau scales the loss too, see `opmd`",
 )
 def opmd_advantage(rewards: Tensor, groups: Tensor | int, *, baseline: str = "mean", tau: float = 1.0) -> Tensor:
-    """r - b within each group, [N]; b the mean, or with baseline="logavgexp" tau log mean e^(r / tau) ("lse" for short)."""
+    """r - b within each group, [N]; b the mean, or with baseline="logavgexp" tau log mean e^(r / tau) ("lse" for short).
+
+    Raises ValueError for another baseline, tau <= 0, and groups that do not fit the rewards.
+    """
     if baseline not in ("mean", "logavgexp", "lse"):
         raise ValueError(f'baseline must be "mean" or "logavgexp" ("lse"), got {baseline!r}')
     if not tau > 0:

@@ -23,6 +23,8 @@ def ensemble_loss(
 
     box_cox: lambda of the inverse Box-Cox transform of the normal draws, uniform on (-1, 1) when None. Its value means
     nothing by itself; its gradient is that of a convex calibrated loss.
+
+    Raises ValueError for shapes that differ and (on a CPU) labels that are neither.
     """
     if scores.shape != labels.shape or scores.dim() != 1:
         raise ValueError(f"takes scores [N] and labels [N], got {tuple(scores.shape)} and {tuple(labels.shape)}")
@@ -52,6 +54,8 @@ def confident_bilateral(logits: Tensor, other: Tensor, *, positive: float = 0.65
 
     The class the other view believes in is learned where its probability is at least `positive`, and the class it rules
     out is unlearned where its probability is below `negative`.
+
+    One number.
     """
     q = other.detach()
     high, likely = q.max(-1)
@@ -86,7 +90,10 @@ def tri_bce(logits: Tensor, deep: Tensor, shallow: Tensor, target: Tensor, *, de
     source="Learn to Rank Risky Investors: A Case Study of Predicting Retail Traders' Behaviour and Profitability",
 )
 def profit_aware_bce(scores: Tensor, profit: Tensor, *, k: int = 3) -> Tensor:
-    """PA-BCE of scores [..., n]: the k most profitable items should be ranked as their profits are. One value a list."""
+    """PA-BCE of scores [..., n]: the k most profitable items should be ranked as their profits are. One value a list.
+
+    Raises ValueError for shapes that differ and k outside 1..n.
+    """
     if scores.shape != profit.shape or not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"takes scores and profits of one shape and 1 <= k <= n, got {tuple(scores.shape)}, k = {k}")
     value, best = profit.topk(k, -1)
@@ -111,6 +118,8 @@ def masked_bce(logits: Tensor, target: Tensor, *, trained: Tensor | None = None,
 
     trained [C] bool: other columns keep their value in the loss and get no gradient. BARM's pseudo-background loss:
     trained = the background's and the new task's channels; its distillation: target = sigmoid(old logits).
+
+    One number. Raises ValueError for shapes that differ and masks that are not bool of the shapes above.
     """
     if logits.shape != target.shape:
         raise ValueError(f"logits and target must have one shape, got {tuple(logits.shape)} and {tuple(target.shape)}")

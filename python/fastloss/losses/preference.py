@@ -97,7 +97,10 @@ def ipo(
     beta: float = 0.1,
     reference_free: bool = False,
 ) -> Tensor:
-    """(h - 1 / (2 beta))^2, h = (chosen - reference) - (rejected - reference), one a pair; means over tokens."""
+    """(h - 1 / (2 beta))^2, h = (chosen - reference) - (rejected - reference), one a pair; means over tokens.
+
+    Raises ValueError for shapes that differ, beta <= 0, and no reference without reference_free.
+    """
     if not beta > 0:
         raise ValueError(f"beta must be > 0, got {beta}")
     return (_difference(chosen, rejected, reference_chosen, reference_rejected, reference_free) - 0.5 / beta) ** 2
@@ -166,6 +169,8 @@ def rpo(
 
     nll_weight: the OpenRLHF variant of the authors (0.2 there): the mean over the chosen answer's tokens instead of
     eta beta times the sum; it needs their number, `chosen_tokens`, of the pairs' shape.
+
+    Raises ValueError for shapes that differ, and where chosen_tokens or the reference is missing.
     """
     loss = dpo(
         chosen, rejected, reference_chosen, reference_rejected, beta=beta, label_smoothing=label_smoothing,
@@ -199,6 +204,8 @@ def kto(
 
     logp, reference_logp: sums of token log-probabilities. desirable: bool, of their shape. reference_point: the estimate
     of KL(policy || reference), a constant: `kto_reference_point`, or 0.
+
+    Raises ValueError for shapes that differ and a dtype of `desirable` that is not bool.
     """
     if desirable.shape != logp.shape or desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be bool {tuple(logp.shape)}, got {desirable.dtype} {tuple(desirable.shape)}")
@@ -251,6 +258,8 @@ def preference(
     logp: [2 P, T], rows 0 .. P - 1 the chosen answers and P .. 2 P - 1 the rejected ones in the same order (or a packed
     batch of 2 P sequences, in `mask`). reference_logp: of the same shape. average: means over tokens instead of sums;
     None: what the loss is defined with. reduction: "mean", "sum" or "none" ([P]).
+
+    Raises ValueError for another reduction and an odd number of sequences, and what the loss raises.
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')

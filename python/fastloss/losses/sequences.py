@@ -52,6 +52,8 @@ def edit_invariant(
 
     n: lengths of the n-grams, averaged; 0 stands for T' and -1 for T' - 1. gumbel adds the published noise to the
     weights. floor: lower bound of log p (published: -20). Masks [B, T] and [B, T'] are True where there is a token.
+
+    In float32 at least. Raises ValueError for other shapes and for an n-gram that does not fit.
     """
     lengths = (n,) if isinstance(n, int) else tuple(n)
     if not lengths or logp.dim() != 3:
