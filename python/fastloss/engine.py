@@ -79,7 +79,7 @@ def split_target(
 
 def shifted(target: Tensor, ignore_index: int) -> Tensor:
     """Targets of the next position along the last dim; the last position has none. Only the ids are copied."""
-    if not target.dim():
+    if not target.dim() or not target.shape[-1]:
         return torch.full_like(target, ignore_index)
     return torch.cat((target[..., 1:], target.new_full((*target.shape[:-1], 1), ignore_index)), -1)
 
