@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -26,6 +26,14 @@ class Entry:
     rows: bool
     temperature: Temperature
     engine: Callable[..., Mapping[str, Any]] | None = None
+    parameters: tuple[str, ...] = field(init=False)  # of the function, after the first, which is the statistics
+    defaults: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:  # once: looking at a signature costs more than a small kernel
+        found = list(inspect.signature(self.function).parameters.values())
+        object.__setattr__(self, "parameters", tuple(p.name for p in found[1:]))
+        defaults = {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
+        object.__setattr__(self, "defaults", defaults)
 
     def needs(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the statistics that the loss reads with these parameters, besides target logit and rest."""
@@ -39,16 +47,9 @@ class Entry:
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Raise TypeError for a keyword parameter that has no default and was not given."""
-        accepted = list(inspect.signature(self.function).parameters.values())[1:]
-        missing = [p.name for p in accepted if p.name not in parameters and p.kind is not p.VAR_KEYWORD]
+        missing = [name for name in self.parameters if name not in parameters]
         if missing:
             raise TypeError(f"{self.name} needs {', '.join(missing)}")
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Keyword parameters and their defaults."""
-        found = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
 
 
 _entries: dict[str, Entry] = {}
@@ -104,9 +105,20 @@ def entries() -> tuple[Entry, ...]:
     return tuple(_entries[name] for name in sorted(_entries))
 
 
+def parameters_of(loss: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters after the first, which is the statistics."""
+    known = find(loss)
+    if known is not None:
+        return known.parameters
+    code = getattr(loss, "__code__", None)  # torch.compile traces this, and not inspect.signature
+    if code is None:
+        return tuple(inspect.signature(loss).parameters)[1:]
+    return code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+
+
 def split_arguments(loss: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arguments of the loss, arguments of the statistics) from what `row_loss` was given."""
-    accepted = list(inspect.signature(loss).parameters)[1:]  # the first is the statistics
+    accepted = parameters_of(loss)
     own = {name: value for name, value in given.items() if name in accepted}
     engine = {name: value for name, value in given.items() if name not in accepted}
     known = find(loss)
