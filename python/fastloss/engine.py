@@ -125,7 +125,9 @@ def asks_wide(
             "a teacher, listed columns, a subset or a trained temperature go with class ids as target and without "
             "column_weight; probabilities as a target are a teacher of log-probabilities"
         )
-    want = Want(o.want) | (Want.ENTROPY if trained else Want.NOTHING)
+    want = Want(o.want) & ~Want.TEMPERED
+    if trained and not want & Want.ENTROPY:  # E_p[z] for the gradient of the LSE, not as a statistic by itself
+        want |= Want.ENTROPY | Want.TEMPERED
     return ask(wide, ids, warm, want, like, vocab, shape, o.ignore_index, o.scale, o.softcap)
 
 
