@@ -45,7 +45,7 @@ _SLOPES: dict[Callable[..., Any], Callable[..., Slope | None]] = {
     losses.symmetric_cross_entropy: lambda balance, A: Slope(_SYMMETRIC, balance, A),
     losses.asymmetric_unhinged: lambda a, q: Slope(_UNHINGED, a, q),
     losses.asymmetric_generalized: lambda a, q: Slope(_GENERAL, a, q),
-    losses.ldr_kl: lambda lam, margin: Slope(_SHIFTED, margin / lam, lam, scale=1 / lam),
+    losses.ldr_kl: lambda lam, margin: Slope(_SHIFTED, margin / lam, lam, scale=1 / lam) if lam > 0 else None,
     losses.pass_at_n: lambda n: Slope(_PASS_AT_N, n),
 }
 
