@@ -172,3 +172,46 @@ def test_ldr_kl_refuses_a_temperature_that_is_none() -> None:
     for lam in (0.0, -1.0):
         with pytest.raises(ValueError, match="temperature must be > 0"):
             fastloss.row_loss(z.requires_grad_(), y, losses.ldr_kl, lam=lam)
+
+
+def test_a_temperature_is_read_or_refused() -> None:
+    z, t, y = rows(torch.float32)
+    z.requires_grad_()
+    for loss in (losses.focal, losses.normalized_cross_entropy, losses.entropy_bonus):
+        with pytest.raises(ValueError, match="reads `temperature`"):
+            fastloss.row_loss(z, y, loss, temperature=2.0)
+        with pytest.raises(ValueError, match="reads `temperature`"):
+            fastloss.linear_row_loss(z, torch.eye(V), y, loss, temperature=2.0)
+        assert fastloss.row_loss(z, y, loss, temperature=1.0) == fastloss.row_loss(z, y, loss, temperature=1)
+    with pytest.raises(TypeError, match="brier sets temperature"):
+        fastloss.row_loss(z, y, losses.brier, temperature=2.0)
+    with pytest.raises(TypeError, match="forward_kl sets term"):
+        fastloss.row_loss(z, None, losses.forward_kl, teacher=t, term=terms.kl(0, 1))
+
+
+def test_entropies_take_a_grad_weight() -> None:
+    x, w = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    _, _, y = rows(torch.float32)
+    buffer = torch.zeros(V, D)
+    fastloss.linear_row_loss(x, w, y, losses.confidence_penalty, grad_weight=buffer).backward()
+    (want,) = torch.autograd.grad(fastloss.linear_row_loss(x, w, y, losses.confidence_penalty), w)
+    torch.testing.assert_close(buffer, want)
+
+
+def test_losses_compile_with_dynamic_shapes() -> None:
+    """Parameters that have their defaults and a user's function made inside."""
+    w = torch.randn(V, D)
+
+    def everything(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        z = x @ w.T
+        total = fastloss.row_loss(z, y, losses.knowledge_distillation, teacher=t)
+        total = total + fastloss.row_loss(z, y, losses.ldr_kl) + fastloss.row_loss(z, None, losses.tsallis_entropy)
+        total = total + fastloss.row_loss(z, y, lambda s, *, a=2.0: -a * s.logp - s.entropy, a=3.0, stats="entropy")
+        return total + fastloss.linear_row_loss(x, w, y, losses.symmetric_cross_entropy)
+
+    compiled = torch.compile(everything, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (5, 8):
+        x, t, y = torch.randn(n, D, requires_grad=True), torch.randn(n, V), torch.randint(0, V, (n,))
+        got, want = compiled(x, t, y), everything(x, t, y)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))

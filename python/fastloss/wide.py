@@ -33,9 +33,9 @@ class Wide(NamedTuple):
 
     def simplify(self, want: Want, temperature: float | Tensor | None) -> tuple[Want, float | Tensor | None]:
         """`row_terms` makes the LSE at the temperature in any case, and needs none that is 1."""
-        if not self.given:
-            return want, temperature
         plain = not isinstance(temperature, Tensor) and temperature == 1
+        if not self.given:
+            return want, None if plain and not want & Want.TEMPERED else temperature
         return want & ~Want.TEMPERED, None if plain else temperature
 
 
