@@ -30,12 +30,6 @@ def _ldr_rows(lam: float, margin: float) -> Rows:
     return rows
 
 
-def _ldr_slope(lam: float, margin: float) -> Slope:
-    if not lam > 0:
-        raise ValueError(f"lam must be > 0, got {lam}")
-    return Slope(_SHIFTED, margin / lam, lam, scale=1 / lam)
-
-
 def _cross_entropy(class_weight: Tensor | None, label_smoothing: float, z_loss: float) -> Slope | None:
     plain = class_weight is None and not label_smoothing and not z_loss
     return Slope(_CROSS_ENTROPY) if plain else None
@@ -54,7 +48,7 @@ _SLOPES: dict[Callable[..., Any], Callable[..., Slope | None]] = {
     losses.symmetric_cross_entropy: lambda balance, A: Slope(_SYMMETRIC, balance, A),
     losses.asymmetric_unhinged: lambda a, q: Slope(_UNHINGED, a, q),
     losses.asymmetric_generalized: lambda a, q: Slope(_GENERAL, a, q),
-    losses.ldr_kl: _ldr_slope,
+    losses.ldr_kl: lambda lam, margin: Slope(_SHIFTED, margin / lam, lam, scale=1 / lam) if lam > 0 else None,
     losses.pass_at_n: lambda n: Slope(_PASS_AT_N, n),
 }
 

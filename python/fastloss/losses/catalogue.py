@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Statistics = tuple[str, ...] | Callable[..., tuple[str, ...]]
 Temperature = str | float | Callable[..., Any] | None  # the name of a parameter, a constant, or a function of them
@@ -26,14 +28,16 @@ class Entry:
     rows: bool
     temperature: Temperature
     engine: Callable[..., Mapping[str, Any]] | None = None
-    parameters: tuple[str, ...] = field(init=False)  # of the function, after the first, which is the statistics
-    defaults: dict[str, Any] = field(init=False)
+    accepted: tuple[str, ...] = field(init=False)  # names of the parameters after the statistics
+    _defaults: tuple[tuple[str, Any], ...] = field(init=False)
 
-    def __post_init__(self) -> None:  # once: looking at a signature costs more than a small kernel
+    def __post_init__(self) -> None:
+        """Look at the signature once: it takes microseconds, and torch.compile may not be able to."""
         found = list(inspect.signature(self.function).parameters.values())
-        object.__setattr__(self, "parameters", tuple(p.name for p in found[1:]))
-        defaults = {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
-        object.__setattr__(self, "defaults", defaults)
+        names = tuple(p.name for p in found[1:] if p.kind is not p.VAR_KEYWORD)
+        defaults = tuple((p.name, p.default) for p in found if p.default is not p.empty)
+        object.__setattr__(self, "accepted", names)
+        object.__setattr__(self, "_defaults", defaults)
 
     def needs(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the statistics that the loss reads with these parameters, besides target logit and rest."""
@@ -47,9 +51,14 @@ class Entry:
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Raise TypeError for a keyword parameter that has no default and was not given."""
-        missing = [name for name in self.parameters if name not in parameters]
+        missing = [name for name in self.accepted if name not in parameters]
         if missing:
             raise TypeError(f"{self.name} needs {', '.join(missing)}")
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Keyword parameters and their defaults."""
+        return dict(self._defaults)
 
 
 _entries: dict[str, Entry] = {}
@@ -105,31 +114,30 @@ def entries() -> tuple[Entry, ...]:
     return tuple(_entries[name] for name in sorted(_entries))
 
 
-def parameters_of(loss: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the parameters after the first, which is the statistics."""
-    known = find(loss)
-    if known is not None:
-        return known.parameters
-    code = getattr(loss, "__code__", None)  # torch.compile traces this, and not inspect.signature
-    if code is None:
-        return tuple(inspect.signature(loss).parameters)[1:]
-    return code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+def _accepted(loss: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters of a user's own loss after the first, which is the statistics."""
+    if torch.compiler.is_compiling():  # which cannot trace inspect.signature of a function made inside
+        code = loss.__code__
+        return tuple(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+    return tuple(inspect.signature(loss).parameters)[1:]
 
 
 def split_arguments(loss: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arguments of the loss, arguments of the statistics) from what `row_loss` was given."""
-    accepted = parameters_of(loss)
+    known = find(loss)
+    accepted = _accepted(loss) if known is None else known.accepted
     own = {name: value for name, value in given.items() if name in accepted}
     engine = {name: value for name, value in given.items() if name not in accepted}
-    known = find(loss)
     if known is not None:
         parameters = {**known.defaults, **own}
         known.check(parameters)
         asked = engine.get("stats", ())
         asked = (asked,) if isinstance(asked, str) else tuple(asked)
         engine["stats"] = tuple(dict.fromkeys((*known.needs(parameters), *asked)))
+        made = {} if known.engine is None else dict(known.engine(**parameters))
         if known.temperature is not None:
-            engine["temperature"] = known.temperature_of(parameters)
-        if known.engine is not None:
-            engine |= known.engine(**parameters)
+            made["temperature"] = known.temperature_of(parameters)
+        if twice := sorted(engine.keys() & made.keys()):
+            raise TypeError(f"{known.name} sets {', '.join(twice)} of its statistics by itself: leave it out")
+        engine |= made
     return own, engine
