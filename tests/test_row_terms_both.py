@@ -240,9 +240,7 @@ def test_combinations_are_their_losses() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_head_by_one_launch_and_by_two(
-    dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_by_one_launch_and_by_two(dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every such loss of a head is the same without the shortcut; ignored rows, chunks, an upstream gradient."""
     n, d, v = 23, 8, 130
     x, w = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype)

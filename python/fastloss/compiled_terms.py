@@ -117,7 +117,6 @@ class CompiledTerms:
         """The gradient over the logits themselves."""
         return self.row_terms_backward(coef, stats, argmax, logits, *a, out=logits)
 
-
     def row_terms_both_in_place(
         self, logits: Tensor, listed: Tensor | None, *args: Any, nll_share: float, term_share: float
     ) -> Tensor:
