@@ -123,7 +123,9 @@ def test_the_smallest_limit_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen = []
     counted = linear_terms.chunk_rows
-    monkeypatch.setattr(linear_terms, "chunk_rows", lambda x, w, limit: seen.append(counted(x, w, limit)) or seen[-1])
+    monkeypatch.setattr(
+        linear_terms, "chunk_rows", lambda x, w, limit, rows=0: seen.append(counted(x, w, limit)) or seen[-1]
+    )
     x, w = torch.randn(N, D), torch.randn(V, D)
     fastloss.linear_row_loss(x, w, None, losses.forward_kl, teacher=terms.TeacherHead(x, w), max_extra_bytes=1)
     assert seen == [1]
