@@ -367,6 +367,7 @@ PYBIND11_MODULE(_C, m) {
                         pointer<void>(stream));
       },
       ROW_SAMPLE_KEYWORDS, py::arg("device"), py::arg("stream"));
+  m.attr("MOST_LISTED") = kMostListed;
   m.def(
       "row_terms_cuda",
       [](const RowTerms &args, int device, uintptr_t stream) { row_terms_cuda(args, device, pointer<void>(stream)); },

@@ -28,7 +28,7 @@ struct TermRow {
   float rest_ref, all_ref, teacher_ref, subset_ref;         // maxima, 0 for -inf
   float rest_scale, all_scale, teacher_scale, subset_scale; // what makes exponentials of them probabilities
   float all_logsum, teacher_logsum;
-  float value, edge_scale, gauss_scale; // HL-Gauss: v clamped, 1 / (sigma sqrt 2), 1 / (2 mass)
+  float value, edge_scale; // HL-Gauss: v clamped, 1 / (sigma sqrt 2); teacher_scale is then 1 / (2 mass)
 
   __device__ TermRow(const RowTerms &p, int64_t row) : TermRow() {
     const float temperature = p.temperature ? p.temperature[row] : 1.f;
@@ -39,12 +39,17 @@ struct TermRow {
     value = fminf(fmaxf(p.value[row], p.a), high);
     edge_scale = 0.707106781f / p.c;
     const float mass = erff((high - value) * edge_scale) - erff((p.a - value) * edge_scale);
-    gauss_scale = 1 / mass;
+    teacher_scale = 1 / mass;
     teacher_logsum = logf(mass / 2);
   }
 
   // Softmax at T and softmax of the rest are then made of the same exponentials.
   __device__ bool rest_as_all() const { return warmth == kLog2e && rest_ref == all_ref; }
+
+  // What to add to a term of log-probabilities: NaN where a row, or the teacher's, has none, all its scores being -inf.
+  __device__ float undefined(const RowTerms &p) const {
+    return is_raw(p.term) || (all_scale != 0 && teacher_scale != 0) ? 0 : NAN;
+  }
 
   template <int W> __device__ void gaps(const TermColumns<W> &c, float (&gap)[W], float (&teacher_gap)[W]) const {
 #pragma unroll
@@ -56,7 +61,7 @@ struct TermRow {
     if (!p.value) return share(teacher_gap, warmth, teacher_scale);
     const float left = (p.a + p.b * float(column) - value) * edge_scale;
     const float right = (p.a + p.b * float(column + 1) - value) * edge_scale;
-    return (left > 0 ? erfcf(left) - erfcf(right) : erfcf(-right) - erfcf(-left)) * gauss_scale;
+    return (left > 0 ? erfcf(left) - erfcf(right) : erfcf(-right) - erfcf(-left)) * teacher_scale;
   }
 
 private:
@@ -82,7 +87,7 @@ __device__ inline TermValue term_value(const RowTerms &p, float a, float b, floa
     return {p.a * (m - q + q_part) + p.b * (m - prob + p_part), p.b * (p_part + prob) - pull * (1 - p.c) * prob,
             p.a * (q_part + q) - pull * p.c * q};
   } else if constexpr (TERM == kTotalVariation) {
-    const float half = prob > q ? 0.5f : prob < q ? -0.5f : 0.f;
+    const float half = prob > q ? 0.5f : prob < q ? -0.5f : prob - q; // 0, or NaN
     return {fabsf(prob - q) / 2, half * prob, -half * q};
   } else if constexpr (TERM == kLogCosh) {
     const float x = fabsf(a - b) / 2, slope = copysignf(tanhf(x), a - b) / 2;

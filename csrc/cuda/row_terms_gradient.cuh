@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kTermThreads, 3)
   columns.load();
   const bool bad = read_listed(p, row, listed);
   const TermRow r = row_of_statistics(p, row);
-  const TermCoefficients by(p, row);
+  TermCoefficients by(p, row);
+  if (by.term != 0) by.term += r.undefined(p);
   const int best = p.want & kArgmax ? int(p.argmax[row]) : -1;
   const bool rest_as_all = r.rest_as_all();
   columns.each([&](const auto &c) {

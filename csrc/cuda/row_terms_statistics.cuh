@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kTermThreads, 3)
     write(kTeacherMeanRow, all.teacher);
     write(kScoreMeanRow, all.score);
     write(kTeacherOwnMean, all.own);
-    write(kTermRow, all.term);
+    write(kTermRow, p.want & kTerm ? all.term + r.undefined(p) : 0);
     write(kSlope, slopes ? all.slope : 0);
     write(kTeacherSlope, slopes ? all.teacher_slope : 0);
   }

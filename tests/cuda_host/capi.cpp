@@ -23,6 +23,17 @@ template <class F> const char *guard(F f) {
 const fastloss::DeviceLimits &fastloss::device_limits(int) { return limits; }
 
 extern "C" {
+const char *c_terms(const fastloss::RowTerms *p, const fastloss::RowStatsPlan *plan) {
+  return guard([&] { fastloss::row_terms_launch(*p, *plan, nullptr); });
+}
+const char *c_terms_run(const fastloss::RowTerms *p, const fastloss::DeviceLimits *device) {
+  limits = *device;
+  return guard([&] { fastloss::row_terms_cuda(*p, 0, nullptr); });
+}
+void c_terms_plan(const fastloss::RowTerms *p, const fastloss::DeviceLimits *device, fastloss::RowStatsPlan *plan) {
+  *plan = fastloss::row_terms_plan(*p, *device);
+}
+#ifndef TERMS_ONLY
 const char *c_launch(const fastloss::RowStats *p, const fastloss::RowStatsPlan *plan) {
   return guard([&] { fastloss::row_stats_launch(*p, *plan, nullptr); });
 }
@@ -52,4 +63,5 @@ const char *c_pointwise(const fastloss::PointwiseLoss *p, const fastloss::Device
   return guard([&] { fastloss::pointwise_loss_cuda(*p, 0, nullptr); });
 }
 const char *c_why_not(const fastloss::RowStats *p) { return fastloss::row_stats_cuda_why_not(*p); }
+#endif
 }
