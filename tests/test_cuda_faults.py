@@ -32,6 +32,7 @@ CASES = [
     Case(5200, BOTH, "bf16", out_offset=1),
     Case(140, BOTH, "bf16", HARD, nll_only=True),
     Case(400, BOTH, "bf16", HARD, want=SUM, weight=True, softcap=20, rows_per_launch=5),
+    Case(140, BOTH, "bf16", HARD, margin=(3, 2.0, 0.0)),
 ]
 TSAN = "1"  # of rows.small_cases()
 
@@ -95,6 +96,8 @@ FAULTS = [
     ),
     Fault("the softcap not differentiated", GENERAL, "d[k] *= (1 - part * part) * p_.scale;", "d[k] *= p_.scale;"),
     Fault("0 * inf in the mean", GENERAL, "e == 0 ? 0 : e * x;", "e * x;"),
+    Fault("a margin loss that pulls the rest along", ROWS, "return {own, -own};", "return {own, own};"),
+    Fault("the slope of another margin loss", ROWS, "margin_slope(p.margin_loss,", "margin_slope(kUnlikelihood,"),
     Fault(
         "p - 1 instead of the margin form",
         ROWS,
