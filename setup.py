@@ -1,7 +1,8 @@
 """Build fastloss._C with ninja. torch is neither imported nor linked; the CUDA part is built when nvcc is there.
 
 FASTLOSS_CUDA=0|1 forces the CUDA part off or on; FASTLOSS_CUDA_ARCHS="80;90" names its targets (the last one also as PTX);
-FASTLOSS_NVCC and CXX name the compilers; VERBOSE=1 shows the commands. Each compiler is tried first. Without a C++ compiler
+FASTLOSS_NVCC and CXX name the compilers; VERBOSE=1 shows the commands; FASTLOSS_LINEINFO=1 keeps source lines for
+profilers, which doubles the device code. Each compiler is tried first. Without a C++ compiler
 that will do, the package installs as pure Python, and `python -m fastloss.info` says what is missing; without an nvcc that
 will do, it is built for the CPU alone, or not at all where FASTLOSS_CUDA=1 asks for CUDA.
 """
@@ -100,9 +101,10 @@ def ninja_file(out: Path) -> str:
     ptx = f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"
     # Where it is not Linux (macOS), Python's symbols must be allowed to stay open.
     link = "-s -Wl,--gc-sections" if sys.platform == "linux" else "-undefined dynamic_lookup"
+    lineinfo = "-lineinfo " if os.environ.get("FASTLOSS_LINEINFO") == "1" else ""
     lines = [
         f"cxxflags = {common}{archs} -fPIC -fopenmp -fvisibility=hidden -ffunction-sections -Wall -Wextra {include}",
-        f"nvflags = -DFASTLOSS_CUDA -O3 -std=c++17 -lineinfo {compression() if cuda else ''} "
+        f"nvflags = -DFASTLOSS_CUDA -O3 -std=c++17 {lineinfo}{compression() if cuda else ''} "
         f"-Xcompiler -fPIC,-fvisibility=hidden -I{ROOT}/csrc {TARGETS} {ptx}",
         f"rule cxx\n  command = {CXX} $cxxflags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule nvcc\n  command = {NVCC} $nvflags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",

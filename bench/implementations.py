@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -185,6 +186,52 @@ def gemms(x: Tensor, w: Tensor) -> Call:
     return call
 
 
+def distillation(group: Group) -> Case:
+    """A linear head learns from another one; four GEMMs. group.mode is the loss."""
+    n, d, v = group.shape
+    x, w, y = common.head(group)
+    on: dict[str, Any] = {"device": group.device, "dtype": group.torch_dtype}
+    teacher = fastloss.TeacherHead(  # of the same classes, and not the student
+        x + torch.randn(n, d, **on), w + torch.randn(v, d, **on) / d**0.5
+    )
+    x.requires_grad_()
+    w.requires_grad_()
+    loss = getattr(fastloss.losses, group.mode)
+
+    def eager(x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor) -> Tensor:
+        with torch.no_grad():
+            q = F.linear(teacher_x, teacher_w).float().log_softmax(-1)
+        p = F.linear(x, w).float().log_softmax(-1)
+        if group.mode == "forward_kl":
+            return F.kl_div(p, q, reduction="batchmean", log_target=True)
+        m = torch.logaddexp(p, q) - math.log(2.0)
+        return sum(F.kl_div(m, r, reduction="batchmean", log_target=True) for r in (p, q)) / 2  # type: ignore[return-value]
+
+    fast, given = compiled(eager), (teacher.input, teacher.weight)
+    target, buffers = torch.empty(0), gemms(x.detach(), w.detach())
+
+    def four_gemms() -> None:
+        nonlocal target
+        if not len(target):
+            target = teacher.input.new_empty(n, v)
+        torch.mm(teacher.input, teacher.weight.T, out=target)
+        buffers()
+
+    calls: dict[str, Call] = {
+        "gemms": four_gemms,
+        "torch": training_step(lambda: eager(x, w, *given), x, w),
+        "torch_compile": training_step(lambda: fast(x, w, *given), x, w),
+        **ours(
+            group.device,
+            training_step(lambda: fastloss.linear_row_loss(x, w, None, loss, teacher=teacher), x, w),
+        ),
+    }
+    return Case(
+        calls, (x, w, y, *given), 3 * (x.nbytes + w.nbytes), 8 * n * d * v, gradient_bytes=x.nbytes + w.nbytes,
+        accumulator_bytes=4 * v * d, logits_bytes=2 * n * v * x.element_size(),
+    )  # fmt: skip
+
+
 def row_stats(group: Group) -> Case:
     """The row kernel by its ops, without autograd. "copy" moves the same bytes; "torch" computes as much by one call."""
     n = group.shape[0]
@@ -330,6 +377,7 @@ def pointwise(group: Group) -> Case:
 CASES: dict[str, Callable[[Group], Case]] = {
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
+    "distillation": distillation,
     "row_stats": row_stats,
     "focal": focal,
     "region": region,

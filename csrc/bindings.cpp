@@ -226,6 +226,11 @@ PYBIND11_MODULE(_C, m) {
                                          label_smoothing, z_loss, mean},
                                         pointer<float>(epilogue));
         });
+  m.def("margin_loss_sum", [](uintptr_t target, int64_t n, int64_t v, int64_t ignore_index, bool mean, int loss,
+                              double a, double b, uintptr_t epilogue, uintptr_t stats) {
+    return margin_loss_sum({pointer<int64_t>(target), nullptr, n, v, ignore_index, 0, 0, mean}, loss, a, b,
+                           pointer<float>(epilogue), pointer<float>(stats));
+  });
   m.def("cross_entropy_loss",
         [](uintptr_t target, uintptr_t class_weight, int64_t n, int64_t v, int64_t ignore_index, double label_smoothing,
            double z_loss, bool mean, uintptr_t epilogue, uintptr_t stats) {

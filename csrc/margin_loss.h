@@ -72,4 +72,36 @@ FASTLOSS_HOST_DEVICE inline double margin_slope(int loss, double a, double b, do
   }
 }
 
+// phi(d) itself; `classes` is V, for kShifted.
+inline double margin_value(int loss, double a, double b, double d, double classes) {
+  using namespace margin;
+  const double p = sigmoid(d), miss = sigmoid(-d), nll = softplus(-d);
+  switch (loss) {
+  case kCompSum: {
+    const double x = (1 - a) * nll, near = x < b ? x : b;
+    return (expm1(near) + (x > b ? (x - b) * exp(b) : 0)) / (1 - a);
+  }
+  case kTruncatedCompSum:
+    return p <= b ? (1 - pow(b, a)) / a : -expm1(-a * nll) / a;
+  case kFocal:
+    return d == -HUGE_VAL ? HUGE_VAL : exp(-a * softplus(d)) * nll;
+  case kUnlikelihood:
+    return softplus(d);
+  case kSymmetric:
+    return (1 - a) * nll + a * b * miss;
+  case kAsymmetricUnhinged:
+    return pow(a - 1, b) * expm1(b * log1p(miss / (a - 1))) / b;
+  case kAsymmetricGeneral:
+    return -pow(a + 1, b) * expm1(b * log1p(-miss / (a + 1))) / b;
+  case kShifted:
+    return b * (softplus(a - d) - log(classes));
+  case kPassAtN: {
+    const double log_np = log(a) - nll, fail = -a * softplus(d);
+    return log_np < -18.420681 ? (a - 1) / 2 * exp(-nll) - log_np : -log1mexp(fail);
+  }
+  default:
+    return nll;
+  }
+}
+
 } // namespace fastloss

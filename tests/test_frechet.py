@@ -79,3 +79,20 @@ def test_errors(distances: Tensor, error: type[Exception], says: str) -> None:
         fastloss.frechet_mean(torch.randn(2, 5), distances)
     with pytest.raises(error, match=says):
         fastloss.linear_frechet_mean(torch.randn(2, 3), torch.randn(5, 3), distances)
+
+
+def test_a_label_out_of_reach() -> None:
+    """p = 0 times an infinite distance is NaN, which must not hide the other labels of its block."""
+    z, d = torch.tensor([[-200.0, 0.0, 1.0, 2.0]]), torch.rand(70, 4)
+    d[3, 0] = INF
+    without = d.clone()
+    without[3] = 1e6
+    assert torch.equal(fastloss.frechet_mean(z, d), fastloss.frechet_mean(z, without))
+
+
+def test_autocast_does_not_round() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, d = torch.randn(400, 50, generator=generator), torch.rand(300, 50, generator=generator)
+    want = fastloss.frechet_mean(z, d)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fastloss.frechet_mean(z, d), want)

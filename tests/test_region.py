@@ -175,3 +175,16 @@ def test_what_kernels_read_wrongly_is_refused() -> None:
         ops.region_stats_backward(torch.rand(5, 3), x, t, None)
     with fastloss.use_backend("cpp"), pytest.raises(fastloss.BackendError, match="contiguous regions"):
         ops.region_stats(x.T, t.T, None)
+
+
+def test_softmax_does_not_read_pixels_that_do_not_count() -> None:
+    x, t = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    mask = torch.ones(2, 4, 5, dtype=torch.bool)
+    mask[:, 0] = False
+    x[:, :, 0] = torch.nan
+    x.requires_grad_()
+    got = fastloss.region_loss(x, t, losses.dice, mask=mask, activation="softmax")
+    want = fastloss.region_loss(x[:, :, 1:], t[:, 1:], losses.dice, activation="softmax")
+    torch.testing.assert_close(got, want)
+    (gradient,) = torch.autograd.grad(got, x)
+    assert gradient.isfinite().all() and (gradient[:, :, 0] == 0).all()

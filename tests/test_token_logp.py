@@ -166,3 +166,22 @@ def test_segment_mistakes_are_named() -> None:
         fastloss.segment_sum(torch.zeros(3), torch.zeros(2, dtype=torch.long), 2)
     with pytest.raises(ValueError, match="cu_seqlens"):
         fastloss.segments_of_cu_seqlens(torch.zeros(2, 2, dtype=torch.long), 3)
+
+
+def test_shift_of_rows_without_tokens() -> None:
+    target = torch.zeros(2, 0, dtype=torch.int64)
+    assert fastloss.token_logp(torch.zeros(2, 0, 8), torch.randn(5, 8), target, shift=True).shape == (2, 0)
+    assert fastloss.token_mask(target, shift=True).shape == (2, 0)
+
+
+def test_sequence_ids_are_integers() -> None:
+    target = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"integers, got torch\.float32"):
+        fastloss.token_mask(target, shift=True, sequence_ids=torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_segments_of_16_bits_are_added_in_32(dtype: torch.dtype) -> None:
+    values, segments = torch.ones(5000, dtype=dtype), torch.zeros(5000, dtype=torch.int64)
+    assert fastloss.segment_sum(values, segments, 1).item() == torch.tensor(5000, dtype=dtype)
+    assert fastloss.segment_mean(2 * values, segments, 1).item() == 2

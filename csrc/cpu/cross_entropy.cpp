@@ -1,5 +1,7 @@
 #include "cross_entropy.h"
 
+#include "../margin_loss.h"
+
 #include <cmath>
 #include <limits>
 
@@ -70,6 +72,22 @@ double cross_entropy_loss(const CrossEntropyTerms &terms, const float *epilogue,
     if (terms.z_loss != 0) loss += weight(kLseSq) * (ref + gap) * (ref + gap);
   }
   return any || !terms.mean ? loss : std::nan(""); // as in torch, the mean over no rows is 0 / 0
+}
+
+double margin_loss_sum(const CrossEntropyTerms &terms, int loss, double a, double b, const float *epilogue,
+                       const float *stats) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  double sum = 0;
+  bool any = false;
+  for (int64_t i = 0; i < terms.n; ++i) {
+    if (ignored(terms, i)) continue;
+    any = true;
+    const double max = stats[kMax * terms.n + i], own = stats[kTarget * terms.n + i];
+    const double ref = max == -infinity ? 0 : max, logsum = stats[kLogSum * terms.n + i];
+    const double d = own == infinity ? std::nan("") : (own - ref) - logsum;
+    sum += epilogue[kNll * terms.n + i] * margin_value(loss, a, b, d, double(terms.v));
+  }
+  return any || !terms.mean ? sum : std::nan("");
 }
 
 } // namespace fastloss

@@ -19,4 +19,8 @@ double cross_entropy_epilogue(const CrossEntropyTerms &terms, float *epilogue);
 // sum over the valid rows of nll b - s sum_j c_j (lse - z_j) + t lse^2, with b, s, t from the epilogue.
 double cross_entropy_loss(const CrossEntropyTerms &terms, const float *epilogue, const float *stats);
 
+// sum over the valid rows of nll phi(d): phi a loss of the margin (margin_loss.h), nll its weight in the epilogue.
+double margin_loss_sum(const CrossEntropyTerms &terms, int loss, double a, double b, const float *epilogue,
+                       const float *stats);
+
 } // namespace fastloss

@@ -203,7 +203,7 @@ double top_exponent(float scale, float top, float logit_scale, float exponent) {
   return double(scale) * (double(top) / logit_scale) - exponent;
 }
 
-// KL alone, in one pass. False where its summands must be made from the normalised p and q: they cancel in a small KL.
+// KL alone: one pass over the scores, two where it is small. False where only the general loops can tell.
 bool TermRows::lean_statistics(int64_t r, TermLine &line, const Scratch &scratch) const {
   if (!lean_ || line.term != kKl || !(std::fabs(line.ref) < kLargestLean && std::fabs(line.teacher_ref) < kLargestLean))
     return false;
@@ -216,7 +216,6 @@ bool TermRows::lean_statistics(int64_t r, TermLine &line, const Scratch &scratch
   const double forward = sums.forward * kLn2 / sums.teacher_powers + (log_powers - log_teacher);
   const double reverse = sums.reverse * kLn2 / sums.powers + (log_teacher - log_powers);
   if (!std::isfinite(sums.powers) || !std::isfinite(sums.teacher_powers)) return false;
-  if (!(args_.a == 0 || forward > kSmallKl) || !(args_.b == 0 || reverse > kSmallKl)) return false;
   // The largest score is in the rest, so what is listed is half of the sum at most.
   double rest = line.inverse == 1 ? sums.powers * std::exp2(-top) : sums.rest * std::exp2(-rest_top);
   for (int64_t column : scratch.listed)
@@ -227,7 +226,13 @@ bool TermRows::lean_statistics(int64_t r, TermLine &line, const Scratch &scratch
   stat(kTeacherMax, r) = line.teacher_ref;
   stat(kTeacherLogSum, r) = float(log_teacher - teacher_top * kLn2);
   TermHalves halves;
-  halves.of_teacher = forward, halves.of_student = reverse;
+  if ((args_.a == 0 || forward > kSmallKl) && (args_.b == 0 || reverse > kSmallKl)) {
+    halves.of_teacher = forward, halves.of_student = reverse;
+  } else { // the direct form cancels
+    line.lean_power = float(1 / sums.powers), line.lean_teacher_power = float(1 / sums.teacher_powers);
+    line.lean_shift = float(log_teacher - log_powers);
+    halves = loops_.lean.halves(line);
+  }
   write_term(r, line, halves);
   return true;
 }

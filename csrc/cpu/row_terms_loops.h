@@ -60,6 +60,7 @@ struct TermLoops;
 
 struct LeanLoops {
   LeanSums (*sums)(const TermLine &);
+  TermHalves (*halves)(const TermLine &);
   void (*gradient)(const TermLine &, const TermLoops &, const float *listed_coefficients);
 };
 

@@ -21,6 +21,9 @@ def cross_entropy_loss(
     target: int, class_weight: int, n: int, v: int, ignore_index: int, label_smoothing: float, z_loss: float, mean: bool,
     epilogue: int, stats: int,
 ) -> float: ...  # fmt: skip
+def margin_loss_sum(
+    target: int, n: int, v: int, ignore_index: int, mean: bool, loss: int, a: float, b: float, epilogue: int, stats: int
+) -> float: ...
 def row_stats_cpu(
     *, mode: int, logits: int, target: int, prob: int, column_weight: int, temperature: int, row: int, stats: int,
     argmax: int, dlogits: int, n: int, v: int, ld: int, ld_prob: int, ld_out: int, ignore_index: int, dtype: int,

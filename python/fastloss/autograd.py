@@ -28,6 +28,11 @@ class Options(NamedTuple):
     softcap: float = 0.0
 
 
+def can_look(x: Tensor) -> bool:
+    """Whether the numbers of x may be looked at without waiting for a device or breaking a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not functorch_active()
+
+
 def functorch_active() -> bool:
     """Inside torch.func.grad, vmap and the like."""
     return torch._C._are_functorch_transforms_active()

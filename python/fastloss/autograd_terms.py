@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -42,18 +43,41 @@ class TermOperands(NamedTuple):
     temperature: Tensor | None = None
 
 
-def temperature_gradient(grad: Tensor, stats: Tensor, temperature: Tensor, want: int) -> Tensor:
-    """d logsum / dT = -E_p[z - M] / T^2, one number a row."""
-    if not want & Want.ENTROPY:
-        raise ValueError('the gradient of the temperature needs the statistic "entropy"')
-    return -grad[TermStat.LOGSUM] * stats[TermStat.MEAN] / temperature.to(stats.dtype) ** 2
+#: Statistics whose own derivative in T no kernel makes.
+_WARM = Want.TEACHER | Want.TEACHER_MEAN | Want.SCORE_MEAN | Want.TERM
+_ROWS = 256  # whose derivatives PyTorch makes at a time
 
 
-def check_teacher(term: int, teacher: Tensor | None, want: int) -> None:
+def temperature_gradient(
+    grad: Tensor, stats: Tensor, temperature: Tensor, o: TermOptions, operands: Callable[[slice], tuple[Any, ...]]
+) -> Tensor:
+    """One number a row. d logsum / dT = -E_p[z - M] / T^2; with other statistics of p or q, by PyTorch.
+
+    operands(rows): the logits, listed, teacher, value and subset of these rows, asked for in the second case only.
+    """
+    if o.want & Want.TEMPERED and not o.want & _WARM:  # E_p[z] is there for this alone (engine.asks_wide)
+        d = -grad[TermStat.LOGSUM] * stats[TermStat.MEAN] / temperature.to(stats.dtype) ** 2
+        return d.to(temperature.dtype)
+
+    def of_rows(rows: slice) -> Tensor:
+        fixed, own = operands(rows), temperature[rows].detach().requires_grad_()
+
+        def compose(warm: Tensor) -> tuple[Tensor, ...]:
+            return reference_terms.terms(*fixed, warm, *o)[:1]  # type: ignore[call-arg]
+
+        (d,) = _differentiate(compose, (own,), (grad[:, rows],))
+        return torch.zeros_like(own) if d is None else d
+
+    n = temperature.shape[0]
+    step = n if torch.compiler.is_compiling() else _ROWS
+    return torch.cat([of_rows(slice(i, min(n, i + step))) for i in range(0, n, step)]) if n else temperature.detach()
+
+
+def check_teacher(term: int, teacher: Tensor | None, want: int, rows: int) -> None:
     """Raise where the gradient of a teacher is asked for that is not made."""
-    if teacher is None or not teacher.requires_grad:
+    if teacher is None or not teacher.requires_grad or not torch.is_grad_enabled():
         return
-    if teacher.shape[0] == 1:
+    if teacher.shape[0] != rows:
         raise ValueError("the gradient of a teacher shared by all rows is not computed: pass teacher.detach()")
     if want & Want.TERM and term not in EXCHANGED:
         raise ValueError(f"the gradient of the teacher under {Term(term).name} is not computed: pass teacher.detach()")
@@ -102,8 +126,16 @@ def _backward(ctx: Any, g_stats: Tensor | None, g_top: Tensor | None, _: Any) ->
     if ctx.needs_input_grad[1]:
         d_teacher = teacher_gradient(g_stats, stats, logits, listed, teacher, temperature, o)
     if ctx.needs_input_grad[2]:
-        d_temperature = temperature_gradient(g_stats, stats, temperature, o.want).to(temperature.dtype)
+        d_temperature = temperature_gradient(
+            g_stats, stats, temperature, o,
+            lambda rows: (logits[rows], _some(listed, rows), _some(teacher, rows), _some(value, rows), subset),
+        )  # fmt: skip
     return d_logits, d_teacher, d_temperature, *nothing
+
+
+def _some(t: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows, or the one row that all share."""
+    return t if t is None or t.shape[0] == 1 else t[rows]
 
 
 def teacher_gradient(
@@ -152,7 +184,7 @@ class _RowTermsFunctorch(torch.autograd.Function):
 def row_terms(logits: Tensor, operands: TermOperands, o: TermOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(stats [17 + K, N], top, argmax), differentiable in the logits, the teacher and the temperature."""
     listed, teacher, value, subset, temperature = operands
-    check_teacher(o.term, teacher, o.want)
+    check_teacher(o.term, teacher, o.want, logits.shape[0])
     if forward_mode_active():
         return reference_terms.terms(logits, *operands, *o)  # type: ignore[arg-type]
     function = _RowTermsFunctorch if functorch_active() else _RowTerms
@@ -217,7 +249,13 @@ def _linear_backward(ctx: Any, g_stats: Tensor | None, g_top: Tensor | None, _: 
         z = torch.nn.functional.linear(x, w, bias)
         d_teacher = teacher_gradient(g_stats, stats, z, listed, teacher, temperature, options)
     if ctx.needs_input_grad[4]:
-        d_temperature = temperature_gradient(g_stats, stats, temperature, options.want).to(temperature.dtype)
+
+        def operands(rows: slice) -> tuple[Tensor | None, ...]:
+            t = _teacher_scores(_some(teacher, rows), _some(t_x, rows), t_w, t_bias, o)
+            z = torch.nn.functional.linear(x[rows], w, bias)
+            return z, _some(listed, rows), t, _some(value, rows), subset
+
+        d_temperature = temperature_gradient(g_stats, stats, temperature, options, operands)
     return (
         dx if needs & Needs.INPUT else None,
         dw if needs & Needs.WEIGHT else None,
@@ -250,7 +288,7 @@ def linear_row_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(stats [17 + K, N], top, argmax) of x wᵀ + bias, differentiable; the logits are made again in the backward."""
     listed, teacher, value, subset, temperature = asked.operands
-    check_teacher(asked.options.term, teacher, asked.options.want)
+    check_teacher(asked.options.term, teacher, asked.options.want, x.shape[0])
     t_x, t_w, t_bias, scale, softcap = asked.head or (None, None, None, 1.0, None)
     o = _LinearOptions(asked.options, scale, softcap or 0.0, limit)
     if forward_mode_active():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import kept_memory
-from .compiled import _C, DTYPES, MISSING, CompiledRows, check_rows, nll_only, pointer, register, why_not_linear
+from .compiled import _C, DTYPES, MISSING, CompiledRows, check_rows, pointer, register, why_not_linear
 from .compiled_pointwise import CompiledPointwise
 from .compiled_terms import CompiledTerms, register_terms
 from .contract import NUM_EPILOGUES, NUM_STATS, Needs, Stat
@@ -176,14 +176,14 @@ def linear_cross_entropy(
 
 
 def _margin_head(
-    x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor, loss: int, a: float, b: float,
+    x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, epilogue: Tensor, loss: int, a: float, b: float,
     ignore_index: int, scale: float, softcap: float, needs: int, max_extra_bytes: int,
 ) -> _Head:  # fmt: skip
     if x.dtype == torch.float16:  # its gradients come back in float32, see ops.py
         x, w = x.float(), w.float()
     tail = (ignore_index, 0, scale, softcap, needs, max_extra_bytes)
     margin: dict[str, Any] = {"margin_loss": loss, "margin_a": a, "margin_b": b}
-    return _Head(x, w, bias, target, None, None, nll_only(weight), *tail, **margin)
+    return _Head(x, w, bias, target, None, None, epilogue, *tail, **margin)
 
 
 def _why_not_margin_head(x: Tensor, w: Tensor, *args: Any) -> str | None:
@@ -192,7 +192,7 @@ def _why_not_margin_head(x: Tensor, w: Tensor, *args: Any) -> str | None:
 
 @kernel("linear_margin_loss", "cpp", _why_not_margin_head)
 def linear_margin_loss(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
-    """(stats, dx, dw, dbias) of sum_i weight_i phi(d_i), gradients made in the forward; None where statistics overflow."""
+    """(stats, dx, dw, dbias) of sum_i w_i phi(d_i), gradients made in the forward; None where statistics overflow."""
     check_targets(target, w.shape[0], args[4])
     head = _margin_head(x, w, bias, target, *args)
     return (head.stats, head.dx, head.dw, head.db) if head.run() else None

@@ -20,7 +20,7 @@ from .kept_memory import empty_beside
 from .reference import accumulator
 
 #: Rows of a chunk when the caller sets no limit: enough for GEMMs to run at full speed. A GPU needs more than a CPU.
-CHUNK_ROWS = {"cuda": 4096, "cpu": 256}
+CHUNK_ROWS = {"cuda": 4096, "cpu": 512}
 
 
 class RowKernels(NamedTuple):
@@ -34,7 +34,7 @@ class RowKernels(NamedTuple):
 def chunk_rows(x: Tensor, w: Tensor, max_extra_bytes: int) -> int:
     """Rows of a chunk: by count of rows, never by the shape of the head; at most `max_extra_bytes` of logits (0: no limit)."""
     n, v = x.shape[0], max(1, w.shape[0])
-    rows = CHUNK_ROWS.get(x.device.type, 256)
+    rows = CHUNK_ROWS.get(x.device.type, CHUNK_ROWS["cpu"])
     if max_extra_bytes:
         rows = min(rows, max(1, max_extra_bytes // (v * x.element_size())))
     chunks = max(1, -(-n // rows))

@@ -109,12 +109,12 @@ class CompiledRows:
         return stats, argmax, out
 
     def margin_loss(
-        self, logits: Tensor, target: Tensor, weight: Tensor, loss: int, a: float, b: float, *tail: Any
+        self, logits: Tensor, target: Tensor, epilogue: Tensor, loss: int, a: float, b: float, *tail: Any
     ) -> tuple[Tensor, Tensor]:
-        """(stats, dlogits) of sum_i weight_i phi(d_i); phi by its number and parameters in csrc/margin_loss.h."""
+        """(stats, dlogits) of sum_i w_i phi(d_i), w the epilogue's nll; phi by its number in csrc/margin_loss.h."""
         margin: dict[str, Any] = {"margin_loss": loss, "margin_a": a, "margin_b": b}
         ignore_index, scale, softcap = tail
-        given = (target, None, None, nll_only(weight), ignore_index, Want.NOTHING, scale, softcap)
+        given = (target, None, None, epilogue, ignore_index, Want.NOTHING, scale, softcap)
         stats, _, dlogits = self.cross_entropy(logits, *given, **margin)
         return stats, dlogits
 
@@ -125,13 +125,6 @@ class CompiledRows:
 
     def cross_entropy_in_place(self, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.cross_entropy(logits, *args, out=logits)
-
-
-def nll_only(weight: Tensor) -> Tensor:
-    """The epilogue [4, N] of a loss that is weight times nll."""
-    epilogue = torch.zeros(NUM_EPILOGUES, len(weight), dtype=torch.float32, device=weight.device)
-    epilogue[0] = weight
-    return epilogue
 
 
 def check_rows(t: Tensor, rows: int, name: str) -> None:

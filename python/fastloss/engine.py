@@ -79,7 +79,7 @@ def split_target(
 
 def shifted(target: Tensor, ignore_index: int) -> Tensor:
     """Targets of the next position along the last dim; the last position has none. Only the ids are copied."""
-    if not target.dim():
+    if not target.dim() or not target.shape[-1]:
         return torch.full_like(target, ignore_index)
     return torch.cat((target[..., 1:], target.new_full((*target.shape[:-1], 1), ignore_index)), -1)
 
@@ -112,18 +112,25 @@ def _temperature(t: float | Tensor | None, want: Want, rows: int, shape: torch.S
 
 def asks_wide(
     wide: Wide, warm: Tensor | None, o: Options, like: Tensor, vocab: int, shape: torch.Size, ids: Tensor | None,
-    prob: Tensor | None, column_weight: Tensor | None,
+    prob: Tensor | None, column_weight: Tensor | None, adds_weight: bool = False,
 ) -> Asked | None:  # fmt: skip
     """The call of `row_terms` that the arguments ask for, or None where `row_stats` serves them."""
     trained = warm is not None and warm.requires_grad
-    if not (wide.given or trained or o.want & _WIDE_ONLY):
+    # row_stats has E_p[z] from the rest's maximum, and an entropy's gradient cancels in it where p_y is near 1.
+    plain = warm is None and prob is None and column_weight is None and not adds_weight
+    entropy = bool(o.want & Want.ENTROPY) and plain
+    if not (wide.given or trained or entropy or o.want & _WIDE_ONLY):
+        if warm is not None and not o.want & Want.TEMPERED:
+            raise ValueError('only "tempered_lse" and a teacher reads `temperature`: divide the logits by it instead')
         return None
     if prob is not None or column_weight is not None:
         raise ValueError(
             "a teacher, listed columns, a subset or a trained temperature go with class ids as target and without "
             "column_weight; probabilities as a target are a teacher of log-probabilities"
         )
-    want = Want(o.want) | (Want.ENTROPY if trained else Want.NOTHING)
+    want = Want(o.want) & ~Want.TEMPERED
+    if trained and not want & Want.ENTROPY:  # E_p[z] for the gradient of the LSE, not as a statistic by itself
+        want |= Want.ENTROPY | Want.TEMPERED
     return ask(wide, ids, warm, want, like, vocab, shape, o.ignore_index, o.scale, o.softcap)
 
 
@@ -210,7 +217,7 @@ def linear_row_stats(
     wide = Wide(listed, teacher, term, subset, generated)
     h = head(
         input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
-        shift, wide,
+        shift, wide, grad_weight is not None,
     )  # fmt: skip
     check_grad_weight(grad_weight, linear_weight)
     return h.stats(extra_bytes(max_extra_bytes), grad_weight)
@@ -243,9 +250,9 @@ class Head(NamedTuple):
 def head(
     input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, stats: Iterable[str],
     column_weight: Tensor | None, temperature: float | Tensor | None, ignore_index: int, logit_scale: float,
-    softcap: float | None, shift: bool, wide: Wide,
+    softcap: float | None, shift: bool, wide: Wide, adds_weight: bool = False,
 ) -> Head:  # fmt: skip
-    """Check what `linear_row_stats` was given."""
+    """Check what `linear_row_stats` was given; adds_weight: dW is to be added to a `grad_weight`."""
     check_head(input, linear_weight, linear_bias)
     shape, vocab = input.shape[:-1], linear_weight.shape[0]
     rows = shape.numel()
@@ -255,7 +262,7 @@ def head(
     want, temperature = wide.simplify(want, temperature)
     warm = _temperature(temperature, want, rows, shape, input)
     o = options(ignore_index, want, logit_scale, softcap)
-    asked = asks_wide(wide, warm, o, input, vocab, shape, ids, prob, column_weight)
+    asked = asks_wide(wide, warm, o, input, vocab, shape, ids, prob, column_weight, adds_weight)
     x = input.reshape(rows, input.shape[-1])
     return Head(x, linear_weight, linear_bias, (ids, prob, column_weight, warm), o, shape, asked)
 

@@ -16,12 +16,18 @@ _BLOCK, _LABELS = 1 << 20, 64
 
 def _nearest(p: Tensor, distances: Tensor, squared: bool) -> Tensor:
     """argmin_y sum_j p_j d(y, j)^2 of each row of p [n, V], labels in blocks; -1 where no sum is finite."""
+    with torch.autocast(p.device.type, enabled=False):  # which would round probabilities and distances to 16 bits
+        return _nearest_in_blocks(p, distances, squared)
+
+
+def _nearest_in_blocks(p: Tensor, distances: Tensor, squared: bool) -> Tensor:
     (n, v), labels = p.shape, distances.shape[0]
     best, index = p.new_full((n,), INF), torch.full((n,), -1, dtype=torch.int64, device=p.device)
     step = max(_LABELS, _BLOCK // max(v, n, 1))
     for first in range(0, labels, step):
         d = distances[first : first + step].to(p.dtype)
-        value, at = torch.mm(p, (d if squared else d * d).T).min(-1)
+        sums = torch.mm(p, (d if squared else d * d).T)
+        value, at = torch.where(sums.isnan(), INF, sums).min(-1)  # 0 * inf: a label that is out of reach
         closer = value < best
         best, index = torch.where(closer, value, best), torch.where(closer, at + first, index)
     return index
@@ -48,8 +54,8 @@ def frechet_mean(
 
     logits: [..., V], float; probabilities=True says that they are p already. distances: [M, V], row y the distances of label
     y to the V labels with an output, or their squares with squared=True; M may be larger than V. p and the sums are float32
-    (float64 for float64 logits); of p, of the sums and of the squares only blocks are stored. A row with no finite sum (NaN)
-    has -1.
+    (float64 for float64 logits); of p, of the sums and of the squares only blocks are stored. A
+    distance may be infinite, and that label is not predicted. A row with no finite sum (NaN) has -1.
     """
     if logits.dim() < 1 or not logits.shape[-1]:
         raise ValueError(f"logits must have a last dimension of at least one label, got shape {tuple(logits.shape)}")

@@ -63,6 +63,18 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
             off = (logp + fastloss.cross_entropy(z, index, reduction="none")).abs().sum()
         return fastloss.cross_entropy(z, target, reduction="sum") + off
 
+    def as_region(z: Any, target: Any) -> Any:  # -log p = softplus(-d): binary cross entropy of the margin with label 1
+        own = F.one_hot(target, z.shape[1]).bool()
+        z = z.float()
+        margin = z[own] - z.masked_fill(own, -torch.inf).logsumexp(1)
+        return fastloss.region_stats(margin[None], torch.ones_like(margin)[None], stats="bce").bce.sum()
+
+    def by_terms(z: Any, target: Any) -> Any:  # the same loss by the op that also takes teachers and lists
+        return -fastloss.row_stats(z, target, listed=target[:, None]).logp.sum()
+
+    def head_by_terms(x: Any, w: Any, target: Any) -> Any:
+        return -fastloss.linear_row_stats(x, w, target, listed=target[:, None]).logp.sum()
+
     head = fastloss.linear_cross_entropy
     backward = "linear_row_stats_backward"
     return {
@@ -75,6 +87,11 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
         ),
         "pointwise losses": (
             ("pointwise_loss", "pointwise_loss_backward", "pointwise_loss_backward_unless_one_"), divergence
+        ),
+        "region_stats": (("region_stats", "region_stats_backward"), graded(as_region)),
+        "row_terms": (("row_terms", "row_terms_backward"), graded(by_terms)),
+        "linear row_terms": (
+            ("linear_row_terms", "linear_row_terms_backward", "row_terms", "row_terms_backward"), graded(head_by_terms)
         ),
         "row_sample": (("row_sample", "row_stats", "cross_entropy"), graded(drawn)),
         "linear rows and their backward": (

@@ -83,7 +83,7 @@ def _prepare(
     )  # fmt: skip
     if head is not None:
         head = head._replace(input=_pick(head.input, index))
-        limit = limit // 2 if limit else 0  # two matrices of a chunk at a time
+        limit = max(1, limit // 2) if limit else 0  # two matrices of a chunk at a time; 0 is no limit
     return _Rows(_Problem(x_used, w, bias, None, None, chunk_rows(x_used, w, limit)), picked, head, index)
 
 

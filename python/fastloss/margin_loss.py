@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import registry
 from .autograd import Options, _differentiate, _ops, batched, forward_mode_active, functorch_active, keeps_graph
-from .contract import Needs
+from .compiled import _C, DTYPES
+from .contract import NUM_EPILOGUES, Needs
 from .fused import denominator, direct
 from .reference import statistics
 from .statistics import RowStats, coefficients, pack
@@ -59,8 +60,36 @@ def _value(stats: Tensor, target: Tensor, vocab: int, call: Call, share: Tensor)
     return torch.where(s.valid, call.rows(s), 0.0).sum() * share
 
 
-def _weights(target: Tensor, share: Tensor, call: Call) -> Tensor:
-    return (share * call.slope.factor).expand(len(target)).float()
+def _native(target: Tensor, x: Tensor) -> bool:
+    """On a CPU the dozen tensor operations around the kernel are two calls of C++."""
+    return _C is not None and x.device.type == "cpu" and x.dtype in DTYPES and target.is_contiguous()
+
+
+def _epilogue(target: Tensor, x: Tensor, vocab: int, call: Call) -> Tensor:
+    """[4, N], of which the nll weighs the rows: factor / denominator."""
+    n = len(target)
+    if _native(target, x):
+        e = torch.empty(NUM_EPILOGUES, n, dtype=torch.float32, device="cpu")
+        ignore_index = call.options.ignore_index
+        numbers = (target.data_ptr(), 0, n, vocab, ignore_index, 0.0, 0.0, call.reduction == "mean")
+        _C.cross_entropy_epilogue(*numbers, e.data_ptr())  # type: ignore[union-attr]
+        if call.slope.factor != 1:
+            e[0] *= call.slope.factor
+        return e
+    e = torch.zeros(NUM_EPILOGUES, n, dtype=torch.float32, device=x.device)
+    e[0] = _share(target, x, call) * call.slope.factor
+    return e
+
+
+def _loss(stats: Tensor, target: Tensor, x: Tensor, vocab: int, call: Call, epilogue: Tensor) -> Tensor:
+    if _native(target, x) and stats.dtype == torch.float32 and stats.is_contiguous():
+        mean, slope = call.reduction == "mean", call.slope
+        total = _C.margin_loss_sum(  # type: ignore[union-attr]
+            target.data_ptr(), len(target), vocab, call.options.ignore_index, mean, *slope[:3], epilogue.data_ptr(),
+            stats.data_ptr(),
+        )  # fmt: skip
+        return stats.new_tensor(total)
+    return _value(stats, target, vocab, call, _share(target, x, call))
 
 
 class MarginLoss(torch.autograd.Function):
@@ -68,12 +97,11 @@ class MarginLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, call: Call) -> Tensor:
-        share = _share(target, logits, call)
-        weight = _weights(target, share, call)
-        stats, dlogits = registry.run("margin_loss", logits, target, weight, *call.slope[:3], *call.tail)
+        epilogue = _epilogue(target, logits, logits.shape[1], call)
+        stats, dlogits = registry.run("margin_loss", logits, target, epilogue, *call.slope[:3], *call.tail)
         ctx.save_for_backward(logits, target, stats, dlogits)
         ctx.call = call
-        return _value(stats, target, logits.shape[1], call, share)
+        return _loss(stats, target, logits, logits.shape[1], call, epilogue)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -114,10 +142,10 @@ class LinearMarginLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, call: Call, made: Any) -> Tensor:
-        stats, dx, dw, db = made
+        epilogue, stats, dx, dw, db = made
         ctx.save_for_backward(x, w, bias, target, dx, dw, db)
         ctx.call = call
-        return _value(stats, target, w.shape[0], call, _share(target, x, call))
+        return _loss(stats, target, x, w.shape[0], call, epilogue)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -156,8 +184,8 @@ def on_logits(logits: Tensor, target: Tensor, call: Call) -> Tensor | None:
     """The loss of logits [N, V] and ids [N], or None where no kernel takes it."""
     if not _plain(target, call.reduction, logits) or not logits.requires_grad or not len(target):
         return None
-    weight = target.new_empty(0, dtype=torch.float32)
-    if not registry.able("margin_loss", logits, target, weight, *call.slope[:3], *call.tail):
+    nothing = target.new_empty(0, dtype=torch.float32)
+    if not registry.able("margin_loss", logits, target, nothing, *call.slope[:3], *call.tail):
         return None
     return MarginLoss.apply(logits, target, call)
 
@@ -170,10 +198,10 @@ def on_head(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, call: Cal
     needs |= Needs.BIAS * (bias is not None and bias.requires_grad)
     if not needs:
         return None
-    weight = _weights(target, _share(target, x, call), call)
-    args = (x, w, bias, target, weight, *call.slope[:3], *call.tail, int(needs), call.limit)
+    epilogue = _epilogue(target, x, w.shape[0], call)
+    args = (x, w, bias, target, epilogue, *call.slope[:3], *call.tail, int(needs), call.limit)
     if not registry.able("linear_margin_loss", *args):
         return None
     with torch.no_grad():
         made = registry.run("linear_margin_loss", *args)
-    return None if made is None else LinearMarginLoss.apply(x, w, bias, target, call, made)
+    return None if made is None else LinearMarginLoss.apply(x, w, bias, target, call, (epilogue, *made))

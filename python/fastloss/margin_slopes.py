@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import losses
+from .engine import row_stats
 from .margin_loss import Rows, Slope
 from .statistics import RowStats
 
@@ -45,7 +48,7 @@ _SLOPES: dict[Callable[..., Any], Callable[..., Slope | None]] = {
     losses.symmetric_cross_entropy: lambda balance, A: Slope(_SYMMETRIC, balance, A),
     losses.asymmetric_unhinged: lambda a, q: Slope(_UNHINGED, a, q),
     losses.asymmetric_generalized: lambda a, q: Slope(_GENERAL, a, q),
-    losses.ldr_kl: lambda lam, margin: Slope(_SHIFTED, margin / lam, lam, scale=1 / lam),
+    losses.ldr_kl: lambda lam, margin: Slope(_SHIFTED, margin / lam, lam, scale=1 / lam) if lam > 0 else None,
     losses.pass_at_n: lambda n: Slope(_PASS_AT_N, n),
 }
 
@@ -65,4 +68,14 @@ def find(loss: Callable[..., Tensor], parameters: dict[str, Any]) -> tuple[Slope
     slope = make(**full)
     if slope is None:
         return None
-    return slope, _ldr_rows(**full) if loss is losses.ldr_kl else lambda s: loss(s, **parameters)
+    if loss is losses.ldr_kl:
+        return slope, _ldr_rows(**full)
+    _check(loss, tuple(sorted(parameters.items())))
+    return slope, lambda s: loss(s, **parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check(loss: Callable[..., Tensor], parameters: tuple[tuple[str, Any], ...]) -> None:
+    """Let the loss itself refuse its parameters, on statistics of one row: a kernel would take any number."""
+    row = torch.zeros(1, 2)
+    loss(row_stats(row, torch.zeros(1, dtype=torch.int64)), **dict(parameters))

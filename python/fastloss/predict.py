@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked import logits_in_chunks
+from .chunked import chunk_rows, logits_in_chunks
 from .contract import Stat, Want
 from .engine import check_head, check_rows, extra_bytes
 from .reference import INF, accumulator, finite, scores
@@ -117,9 +117,9 @@ def row_sample(
     """Draw a column of each row from softmax(z / temperature), z = softcap(logit_scale * logits), and its log-probability.
 
     index = argmax_j (z_j / temperature + G_j) with G_j standard Gumbel numbers (the Gumbel-max trick; Maddison et al.,
-    "A* Sampling", 2014), in one pass over the logits and without any memory of their size. The noise depends on the
-    seed, the row's stream and the column alone: every backend, number of threads and layout of the batch draws the same
-    token, but for scores that float32 cannot tell apart.
+    "A* Sampling", 2014), in one pass over the logits and without any memory of their size (top_k: that of a chunk of
+    rows). The noise depends on the seed, the row's stream and the column alone: every backend, number of threads and
+    layout of the batch draws the same token, but for scores that float32 cannot tell apart.
 
     logits: [..., V], float32, float16, bfloat16 or float64. A logit of -inf is never drawn, whatever the softcap. seed: 64
     bits, an int or an int64 tensor of one number (on a GPU, one that a CUDA graph may change); without it one is drawn
@@ -137,9 +137,17 @@ def row_sample(
     check_rows(logits, vocab, None, None)
     factors = scaling(logit_scale, softcap, temperature)
     flat, stream = logits.reshape(shape.numel(), vocab), _row_streams(streams, shape, logits.device)
-    if top_k is not None:
-        flat = _only_top(flat, _count(top_k, vocab, "top_k"))
-    index, logp = OPS.row_sample(flat, noise_seed(seed, generator, logits.device), stream, *factors)
+    k = None if top_k is None else _count(top_k, vocab, "top_k")
+    noise = noise_seed(seed, generator, logits.device)
+    if k is None:
+        index, logp = OPS.row_sample(flat, noise, stream, *factors)
+        return Sampled(index.reshape(shape), logp.reshape(shape))
+    rows = chunk_rows(flat, flat.new_empty(vocab, 0), 0)  # only so many rows are copied at a time
+    parts = [
+        OPS.row_sample(_only_top(z, k), noise, s, *factors)
+        for z, s in zip(flat.split(rows), stream.split(rows), strict=True)
+    ]
+    index, logp = (torch.cat(t) for t in zip(*parts, strict=True))
     return Sampled(index.reshape(shape), logp.reshape(shape))
 
 

@@ -66,13 +66,20 @@ def _weighted(first: float, x: Tensor, second: float, y: Tensor) -> Tensor:
     return (first * x if first else torch.zeros_like(x)) + (second * y if second else torch.zeros_like(y))
 
 
+def _log_mixture(a: Tensor, b: Tensor, beta: float) -> Tensor:
+    """log(beta e^b + (1 - beta) e^a); -inf with zero gradient where both are, for which logaddexp's is NaN."""
+    nothing = (a == -INF) & (b == -INF)
+    a, b = (torch.where(nothing, 0.0, x) for x in (a, b))
+    return torch.where(nothing, -INF, torch.logaddexp(b + math.log(beta), a + math.log1p(-beta)))
+
+
 def term_function(term: int, a: Tensor, b: Tensor, t: Tensor, numbers: tuple[float, ...]) -> Tensor:
     """f(a_j, b_j) of every column, differentiable in a and b, in the form whose derivatives the contract names."""
     first, second, beta = numbers
     if term == Term.KL:
         return _weighted(first, _product(b.exp(), b - a), second, _product(a.exp(), a - b))
     if term == Term.MIXTURE:
-        m = torch.logaddexp(b + math.log(beta), a + math.log1p(-beta))
+        m = _log_mixture(a, b, beta)
         return _weighted(first, _product(b.exp(), b - m), second, _product(a.exp(), a - m))
     if term == Term.TOTAL_VARIATION:
         return (a.exp() - b.exp()).abs() / 2
@@ -94,7 +101,7 @@ def _slopes(term: int, a: Tensor, b: Tensor, t: Tensor, numbers: tuple[float, ..
         u = a - b
         return _weighted(second, _product(p, u + 1), -first, q), _weighted(first, _product(q, 1 - u), -second, p)
     if term == Term.MIXTURE:
-        m = torch.logaddexp(b + math.log(beta), a + math.log1p(-beta))
+        m = _log_mixture(a, b, beta)
         share = first * q + second * p
         own, other = (a + math.log1p(-beta) - m).exp(), (b + math.log(beta) - m).exp()
         return (

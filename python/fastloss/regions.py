@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import region_autograd
-from .autograd import functorch_active
+from .autograd import can_look
 from .contract import RegionWant
 from .losses import catalogue
 from .region_statistics import RegionStats
@@ -52,7 +52,7 @@ class _Labels(NamedTuple):
 
 def _check_integers(target: Tensor, classes: int, ignore_index: int | None, error: type[Exception]) -> None:
     """Raise where a label is not in [0, classes): on a CPU, where looking costs no synchronisation."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or functorch_active() or not target.numel():
+    if not can_look(target) or not target.numel():
         return
     bad = (target < 0) | (target >= classes)
     bad = bad if ignore_index is None else bad & (target != ignore_index)
@@ -172,6 +172,9 @@ def region_stats(
     if activation == "softmax":
         if logits.dim() < 2:
             raise ValueError(f'activation "softmax" needs logits [B, C, ...], got {tuple(logits.shape)}')
+        if labels.mask is not None:  # softmax would carry a NaN of a pixel that does not count into its gradient
+            counted = (labels.mask != 0).any(1, keepdim=True).reshape(b, 1, *logits.shape[2:])
+            logits = torch.where(counted, logits, 0.0)
         logits = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if labels.target.is_floating_point():
             labels = labels._replace(target=labels.target.to(logits.dtype))

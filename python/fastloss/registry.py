@@ -133,8 +133,8 @@ def backends(op: str) -> tuple[str, ...]:
 
 
 def ops() -> tuple[str, ...]:
-    """The names of all ops."""
-    return tuple(_kernels)
+    """The names of all ops that PyTorch knows. Kernels beyond them are shortcuts that only eager calls take."""
+    return tuple(op for op in _kernels if op in _defaults)
 
 
 @contextlib.contextmanager

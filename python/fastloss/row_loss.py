@@ -69,6 +69,9 @@ def _margin_call(
         return None
     if o.softcap and found[0].scale != 1:  # softcap(z) / lam is not softcap(z / lam)
         return None
+    known = catalogue.find(loss)
+    if engine.get("temperature") is not None and (known is None or known.temperature is None):
+        return None
     return margin_loss.Call(found[1], found[0], o, reduction, limit)
 
 
@@ -115,7 +118,7 @@ def linear_row_loss(
     `fastloss.losses` whose parameters are numbers, where that can be, else False.
     """
     own, engine = catalogue.split_arguments(loss, arguments)
-    h = _head(input, linear_weight, target, linear_bias, **engine)
+    h = _head(input, linear_weight, target, linear_bias, grad_weight is not None, **engine)
     limit = extra_bytes(max_extra_bytes)
     reducible = reduction in ("mean", "sum") and grad_weight is None
     if separable is None:
@@ -143,7 +146,7 @@ def linear_row_loss(
 
 
 def _head(
-    input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, *,
+    input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, adds_weight: bool, *,
     stats: Iterable[str] = (), column_weight: Tensor | None = None, temperature: float | Tensor | None = None,
     ignore_index: int = -100, logit_scale: float = 1.0, softcap: float | None = None, shift: bool = False,
     listed: Tensor | None = None, teacher: Tensor | TeacherHead | None = None, term: RowTerm | None = None,
@@ -152,5 +155,5 @@ def _head(
     """The arguments of `linear_row_stats` with its defaults; a name that is none raises TypeError."""
     return head(
         input, linear_weight, target, linear_bias, stats, column_weight, temperature, ignore_index, logit_scale, softcap,
-        shift, Wide(listed, teacher, term, subset, generated),
+        shift, Wide(listed, teacher, term, subset, generated), adds_weight,
     )  # fmt: skip

@@ -19,13 +19,18 @@ def segment_sum(values: Tensor, segments: Tensor, count: int) -> Tensor:
     if values.shape != segments.shape:
         raise ValueError(f"values and segments must have one shape, got {tuple(values.shape)}, {tuple(segments.shape)}")
     bucket = (segments.to(torch.int64) + 1).clamp(min=0).reshape(-1)  # the first is thrown away, whatever is in it
-    return values.new_zeros(count + 1).index_add(0, bucket, values.reshape(-1))[1:]
+    flat = values.reshape(-1)
+    if flat.dtype in (torch.float16, torch.bfloat16):  # a sum in 16 bits stops growing: 256 + 1 is 256 in bfloat16
+        flat = flat.float()
+    return flat.new_zeros(count + 1).index_add(0, bucket, flat)[1:].to(values.dtype)
 
 
 def segment_mean(values: Tensor, segments: Tensor, count: int) -> Tensor:
     """Mean of the values of each segment: [count], 0 where a segment has none. Arguments as in `segment_sum`."""
-    size = segment_sum(torch.ones_like(values), segments, count)
-    return segment_sum(values, segments, count) / size.clamp(min=1)
+    exact = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    size = segment_sum(torch.ones_like(exact), segments, count)
+    mean = segment_sum(exact, segments, count) / size.clamp(min=1)
+    return mean.to(values.dtype) if values.is_floating_point() else mean
 
 
 def segments_of_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -65,6 +65,11 @@ def _share(target: Tensor | None, x: Tensor, ignore_index: int, reduction: str) 
     return 1 / denominator(target, x.shape[0], None, ignore_index, reduction, like)
 
 
+def _mean_of_none(total: Tensor, share: Tensor) -> Tensor:
+    """The total; NaN, as in torch, where no row counts: the share of a row is then 1 / 0, and no chunk has met it."""
+    return total + 0 * share
+
+
 def _differentiated(
     loss: Rows, share: Tensor, stats: Tensor, top: Tensor, named: Callable[[Tensor, Tensor], RowStats]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -105,7 +110,8 @@ class RowFamily(NamedTuple):
             return value, coefficients(g, g_top, stats, target is not None, soft, warm, o.want)
 
         row = (self.target, self.prob, self.column_weight, self.temperature)
-        return _chunked.linear_row_loss(x, w, bias, *row, *o, needs, self.call.limit, chunk)
+        total, dx, dw, db = _chunked.linear_row_loss(x, w, bias, *row, *o, needs, self.call.limit, chunk)
+        return _mean_of_none(total, share), dx, dw, db
 
     def recompute(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The same loss by mode R."""
@@ -144,7 +150,10 @@ class TermFamily(NamedTuple):
             return value, term_coefficients(g, g_top, stats, rows.temperature, o.want, o.term)
 
         head = self.asked.head
-        return linear_terms.separable(x, w, bias, self.asked.operands, head, o, needs, self.call.limit, chunk)
+        total, dx, dw, db = linear_terms.separable(
+            x, w, bias, self.asked.operands, head, o, needs, self.call.limit, chunk
+        )
+        return _mean_of_none(total, share), dx, dw, db
 
     def recompute(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The same loss by mode R."""

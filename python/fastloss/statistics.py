@@ -79,6 +79,9 @@ class RowStats:
     @property
     def margin(self) -> Tensor:
         """d = z_y - LSE of the other columns; log p_y = -softplus(-d) and log(1 - p_y) = -softplus(d), without cancellation."""
+        return self._margin_of_rest()
+
+    def _margin_of_rest(self) -> Tensor:  # a method, since torch.compile knows no super().margin of a property
         if self.soft or self.target is None:
             raise ValueError(
                 "margin, logp and log1mp need a target column: class indices, not probabilities or no target"

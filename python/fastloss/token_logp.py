@@ -24,6 +24,8 @@ def token_targets(
         raise ValueError(
             f"sequence_ids must have the shape of target, {tuple(target.shape)}, got {tuple(sequence_ids.shape)}"
         )
+    if sequence_ids is not None and (sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool):
+        raise TypeError(f"sequence_ids must hold integers, got {sequence_ids.dtype}")
     if not shift:
         return target
     if not target.dim():

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .autograd import functorch_active
 from .autograd_terms import TermOperands, TermOptions
 from .contract import Want
 from .terms import HLGauss, RowTerm, TeacherHead
@@ -32,9 +33,9 @@ class Wide(NamedTuple):
 
     def simplify(self, want: Want, temperature: float | Tensor | None) -> tuple[Want, float | Tensor | None]:
         """`row_terms` makes the LSE at the temperature in any case, and needs none that is 1."""
-        if not self.given:
-            return want, temperature
         plain = not isinstance(temperature, Tensor) and temperature == 1
+        if not self.given:
+            return want, None if plain and not want & Want.TEMPERED else temperature
         return want & ~Want.TEMPERED, None if plain else temperature
 
 
@@ -54,9 +55,12 @@ class Asked(NamedTuple):
         if listed is None:
             listed = torch.empty(stats.shape[1], 0, dtype=torch.int64, device=stats.device)
         o = self.options
+        want = Want(o.want)
+        if want & Want.TEMPERED:
+            want &= ~(Want.ENTROPY | Want.TEMPERED)
         return WideRowStats(
-            stats, top, argmax, self.target, False, self.vocab, Want(o.want), self.operands.temperature, None,
-            o.ignore_index, self.shape, listed,
+            stats, top, argmax, self.target, False, self.vocab, want, self.operands.temperature, None, o.ignore_index,
+            self.shape, listed,
         )  # fmt: skip
 
 
@@ -66,7 +70,7 @@ def ask(
 ) -> Asked:  # fmt: skip
     """Check shapes, dtypes and devices; `target` and `temperature` are flat already."""
     rows = shape.numel()
-    listed = _listed(wide.listed, target, rows, shape, like)
+    listed = _listed(wide.listed, _checked(target, vocab, ignore_index), rows, shape, like)
     teacher, head = _teacher(wide.teacher, rows, vocab, shape, like)
     value, numbers, kind = None, (0.0, 0.0, 0.0), 0
     if wide.generated is not None:
@@ -92,6 +96,20 @@ def ask(
 def _same_device(t: Tensor, like: Tensor, name: str) -> None:
     if t.device != like.device:
         raise ValueError(f"{name} is on {t.device}, the scores on {like.device}")
+
+
+def _checked(target: Tensor | None, vocab: int, ignore_index: int) -> Tensor | None:
+    """The target, in whose place no column may be absent: a negative id that is not ignore_index is out of range."""
+    if target is None:
+        return None
+    wrong = (target < 0) & (target != ignore_index)
+    if target.is_cpu and not torch.compiler.is_compiling() and not functorch_active() and bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"target {int(target[row])} at row {row} is out of bounds: "
+            f"classes are 0..{vocab - 1}, or ignore_index {ignore_index}"
+        )
+    return torch.where(wrong, vocab, target)
 
 
 def _listed(listed: Tensor | None, target: Tensor | None, rows: int, shape: torch.Size, like: Tensor) -> Tensor | None:

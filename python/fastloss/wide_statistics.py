@@ -53,18 +53,21 @@ class WideRowStats(RowStats):
     @property
     def _log_total(self) -> Tensor:
         """lse - _centre at temperature 1."""
-        gaps = [self._row(TermStat.REST_LOGSUM) + (self.reference_point - self._centre)]
-        first = self._first_mentions()
-        for k in range(self.listed.shape[1]):
-            gap = self._row_at(TermStat.LISTED + k) - self._centre
-            gaps.append(torch.where(first[k], gap, -INF))
-        return self._counted(_log_sum(torch.stack(gaps)))
+        return self._counted(self._log_sum_of_listed(0))
+
+    def _log_sum_of_listed(self, begin: int) -> Tensor:
+        """LSE of the rest and of the distinct columns of the list from `begin` on, relative to _centre."""
+        rest = self._row(TermStat.REST_LOGSUM) + (self.reference_point - self._centre)
+        gaps = self.table[TermStat.LISTED + begin :].reshape(-1, *self.shape) - self._centre
+        gaps = torch.where(self._first_mentions()[begin:], gaps, -INF)
+        return _log_sum(torch.cat((rest[None], gaps)))
 
     def _first_mentions(self) -> Tensor:
         """[K, rows]: not the same column as an earlier one of the list."""
-        ids = self.listed
-        same = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
-        return (~same).T.reshape(ids.shape[1], *self.shape)
+        ids, order = self.listed.sort(stable=True)
+        new = torch.ones_like(ids, dtype=torch.bool)
+        new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        return torch.zeros_like(new).scatter(1, order, new).T.reshape(ids.shape[1], *self.shape)
 
     @property
     def _lse_gap(self) -> Tensor:
@@ -74,14 +77,16 @@ class WideRowStats(RowStats):
     def margin(self) -> Tensor:
         """d = z_y - LSE of all other columns, those that are listed included."""
         if self.listed.shape[1] == 1:
-            return super().margin
+            return self._margin_of_rest()
         if self.target is None:
             raise ValueError("margin, logp and log1mp need a target column")
-        gaps = [self._row(TermStat.REST_LOGSUM) + (self.reference_point - self._centre)]
-        first = self._first_mentions()
-        for k in range(1, self.listed.shape[1]):
-            gaps.append(torch.where(first[k], self._row_at(TermStat.LISTED + k) - self._centre, -INF))
-        return (self._row_at(TermStat.LISTED) - self._centre) - _log_sum(torch.stack(gaps))
+        return (self._row_at(TermStat.LISTED) - self._centre) - self._log_sum_of_listed(1)
+
+    @property
+    def centred_target_logit(self) -> Tensor:
+        """z_y - mean of z over the columns (needs "sum" and a target column)."""
+        self._asked(Want.SUM, "sum")
+        return self._counted((self._row(Stat.TARGET) - self._centre) - self._row(Stat.SUM) / self.vocab)
 
     @property
     def lse(self) -> Tensor:

@@ -122,3 +122,12 @@ def test_shapes_of_any_rank() -> None:
         clip_high=1.0,
     )  # fmt: skip
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("reward, size", [(0.7, 7), (1.1, 11), (100.1, 9)])
+def test_equal_rewards_have_no_advantage(reward: float, size: int) -> None:
+    """In float32 their mean is not the reward; a deviation of rounding errors would make advantages of up to 1 of it."""
+    rewards = torch.full((size,), reward)
+    assert (losses.group_relative(rewards, size) == 0).all()
+    assert (losses.rec_advantage(rewards, size, scale=True) == 0).all()
+    assert (losses.opmd_advantage(rewards, size) == 0).all()

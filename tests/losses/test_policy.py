@@ -249,3 +249,9 @@ def test_topr_tapers_at_its_threshold() -> None:
         leaf = logp.clone().requires_grad_()
         value = losses.topr(leaf, half, torch.tensor([-0.75]), threshold=threshold)
         assert torch.autograd.grad(value, leaf)[0].item() == pytest.approx(0.75 * weight)
+
+
+def test_an_unknown_kl_is_named_without_a_reference_too() -> None:
+    tokens, advantage = torch.zeros(1, 2), torch.ones(1)
+    with pytest.raises(ValueError, match=r"kl must be one of k1, .*; got 'k4'"):
+        losses.grpo(tokens, tokens, advantage, kl="k4")

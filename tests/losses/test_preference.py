@@ -213,3 +213,15 @@ def test_mistakes_are_named(name: str) -> None:
     call_it, kind, message = MISTAKES[name]
     with pytest.raises(kind, match=message):
         call_it()
+
+
+def test_what_does_not_fit_is_not_broadcast() -> None:
+    pair = torch.zeros(2), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"nll must have shape \(2,\), got \(5, 1\)"):
+        losses.orpo(*pair, nll=torch.ones(5, 1))
+    with pytest.raises(ValueError, match=r"chosen_tokens must have shape \(2,\), got \(5, 1\)"):
+        losses.rpo(*pair, *pair, nll_weight=0.2, chosen_tokens=torch.ones(5, 1))
+    desirable = torch.tensor([True, False])
+    with pytest.raises(ValueError, match=r"reference_point.*\(2,\), got \(5, 1\)"):
+        losses.kto(*pair, desirable, torch.zeros(5, 1))
+    assert losses.kto(*pair, desirable, torch.zeros(1, 1)).shape == (2,)

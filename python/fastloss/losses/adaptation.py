@@ -18,11 +18,14 @@ def class_correlation(logits: Tensor) -> Tensor:
     """Core, the class-correlation loss of alpha-BN: how much the predictions [B, C] of a batch confuse pairs of classes.
 
     0 when every prediction is certain. Classes that no prediction gives any mass count nothing.
+
+    One number, in float32 at least. Raises ValueError for other shapes.
     """
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C], got {tuple(logits.shape)}")
     p = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    together = p.T @ p
+    with torch.autocast(p.device.type, enabled=False):
+        together = p.T @ p
     total = together.sum(-1)
     some = total > 0
     rows = together / torch.where(some, total, 1.0)[:, None]
@@ -36,8 +39,14 @@ def _norm(x: Tensor) -> Tensor:
     return torch.where(some, torch.where(some, square, 1.0).sqrt(), 0.0)
 
 
+def _check_curvature(c: float) -> None:
+    if not c > 0:
+        raise ValueError(f"c, minus the curvature of the ball, must be > 0, got {c}")
+
+
 def exponential_map(x: Tensor, *, c: float = 0.1, clip: float | None = 2.0) -> Tensor:
     """Features [..., D] -> points of the Poincare ball of curvature -c, from its origin; features clipped to norm `clip`."""
+    _check_curvature(c)
     norm = _norm(x)
     if clip is not None:
         x = x * (clip / norm.clamp(min=clip))
@@ -55,9 +64,15 @@ def mobius_add(x: Tensor, y: Tensor, *, c: float = 0.1) -> Tensor:
 
 
 def poincare_distance(x: Tensor, y: Tensor, *, c: float = 0.1) -> Tensor:
-    """(2 / sqrt(c)) artanh(sqrt(c) ||(-x) (+) y||), over the last dim."""
-    reach = (c**0.5 * _norm(mobius_add(-x, y, c=c))[..., 0]).clamp(max=1 - 1e-7)
-    return 2 / c**0.5 * torch.atanh(reach)
+    """(2 / sqrt(c)) artanh(sqrt(c) ||(-x) (+) y||), over the last dim. In float32 at least.
+
+    Written as (2 / sqrt(c)) arsinh(sqrt(c) ||x - y|| / sqrt((1 - c ||x||^2) (1 - c ||y||^2))), which is the same: the
+    argument of artanh rounds to 1 for points that are far apart.
+    """
+    _check_curvature(c)
+    x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
+    room = ((1 - c * (x * x).sum(-1)) * (1 - c * (y * y).sum(-1))).clamp(min=torch.finfo(x.dtype).tiny)
+    return 2 / c**0.5 * torch.asinh(c**0.5 * _norm(x - y)[..., 0] / room.sqrt())
 
 
 @catalogue.entry(
@@ -67,7 +82,10 @@ def poincare_distance(x: Tensor, y: Tensor, *, c: float = 0.1) -> Tensor:
     published="Hyp-PC takes atan where the geometry has artanh",
 )
 def pairwise_confusion(points: Tensor, *, c: float = 0.1) -> Tensor:
-    """Hyp-PC: the mean distance between the first and the second half of points [2 B, D] of the Poincare ball."""
+    """Hyp-PC: the mean distance between the first and the second half of points [2 B, D] of the Poincare ball.
+
+    Raises ValueError for another shape and c <= 0.
+    """
     if points.dim() != 2 or len(points) % 2 or not len(points):
         raise ValueError(f"takes an even number of points [2 B, D], got {tuple(points.shape)}")
     first, second = points.chunk(2)
@@ -83,7 +101,7 @@ def hyperbolic_logits(points: Tensor, planes: Tensor, normals: Tensor, *, c: flo
     size = _norm(normals)[:, 0].clamp(min=1e-12)
     conformal = 2 / (1 - c * (planes * planes).sum(-1))
     inside = (1 - c * (moved * moved).sum(-1)).clamp(min=1e-7)
-    projected = torch.einsum("bcd,cd->bc", moved, normals)
+    projected = (moved * normals).sum(-1)  # no matrix product: autocast would round it to 16 bits
     return conformal * size / c**0.5 * torch.asinh(2 * c**0.5 * projected / (inside * size))
 
 
@@ -111,11 +129,14 @@ def cauchy_schwarz_dependence(
     """The Cauchy-Schwarz quadratic mutual information of samples x [N, D] and y [N, E] under Gaussian kernels.
 
     sigma: the kernel's width squared, e^(-d^2 / sigma); None: 10 times the median of the squared distances, detached.
+
+    One number, in float32 at least. Raises ValueError for other shapes and N < 2.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < 2:
         raise ValueError(f"takes x [N, D] and y [N, E] with N >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")
     n = len(x)
-    k, m = _gram(x, sigma_x), _gram(y, sigma_y)
+    with torch.autocast(x.device.type, enabled=False):
+        k, m = (_gram(t.to(torch.promote_types(t.dtype, torch.float32)), s) for t, s in ((x, sigma_x), (y, sigma_y)))
     cross = (k.sum(1) * m.sum(1)).sum() / n**3
     joint, apart = (k * m).sum() / n**2, k.sum() * m.sum() / n**4
     return -2 * cross.log2() + joint.log2() + apart.log2()

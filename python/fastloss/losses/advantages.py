@@ -42,6 +42,17 @@ def _mean(values: Tensor, index: Tensor, size: Tensor) -> Tensor:
     return size.new_zeros(size.shape).index_add(0, index, values) / size
 
 
+def _centred(rewards: Tensor, index: Tensor, size: Tensor) -> Tensor:
+    """r - mean of each group; r where a group is one sample.
+
+    Measured from the group's lowest reward, so that equal rewards give exactly 0: what rounding leaves of them otherwise,
+    divided by a deviation that is rounding too, would be an advantage.
+    """
+    lowest = size.new_full(size.shape, torch.inf).scatter_reduce(0, index, rewards, "amin")
+    above = rewards - lowest[index]
+    return torch.where((size == 1)[index], rewards, above - _mean(above, index, size)[index])
+
+
 @catalogue.entry(
     formula="(r - mean) / (std + 1e-6), std with n - 1; a group of one: mean 0, std 1",
     gradient="none: a constant",
@@ -58,13 +69,11 @@ def group_relative(rewards: Tensor, groups: Tensor | int, *, scale: bool = True,
     index, size = _groups(rewards, groups)
     r = _prepared(rewards)
     size = size.to(r.dtype)
-    single = size == 1
-    mean = torch.where(single, 0.0, _mean(r, index, size))
-    centred = r - mean[index]
+    centred = _centred(r, index, size)
     if not scale:
         return centred
     variance = _mean(centred**2, index, size) * size / (size - 1).clamp(min=1)
-    std = torch.where(single, 1.0, variance.sqrt())
+    std = torch.where(size == 1, 1.0, variance.sqrt())
     return centred / (std[index] + epsilon)
 
 
@@ -75,7 +84,10 @@ def group_relative(rewards: Tensor, groups: Tensor | int, *, scale: bool = True,
     published="tau scales the loss too, see `opmd`",
 )
 def opmd_advantage(rewards: Tensor, groups: Tensor | int, *, baseline: str = "mean", tau: float = 1.0) -> Tensor:
-    """r - b within each group, [N]; b the mean, or with baseline="logavgexp" tau log mean e^(r / tau) ("lse" for short)."""
+    """r - b within each group, [N]; b the mean, or with baseline="logavgexp" tau log mean e^(r / tau) ("lse" for short).
+
+    Raises ValueError for another baseline, tau <= 0, and groups that do not fit the rewards.
+    """
     if baseline not in ("mean", "logavgexp", "lse"):
         raise ValueError(f'baseline must be "mean" or "logavgexp" ("lse"), got {baseline!r}')
     if not tau > 0:

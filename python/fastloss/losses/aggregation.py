@@ -43,6 +43,8 @@ def aggregate(
 
     denominator: what to divide by instead of the number of tokens ("token-mean") or of sequences ("seq-mean-..."): that
     of the whole batch when `tokens` is one micro-batch of it, so that the micro-batches' losses add up.
+
+    Raises ValueError for another aggregation, and a denominator where nothing is divided.
     """
     check_aggregation(aggregation)
     s = sequences(mask, tokens)

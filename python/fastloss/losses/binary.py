@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autograd import can_look
 from ..engine import row_stats
 from . import catalogue
 
@@ -22,9 +23,13 @@ def ensemble_loss(
 
     box_cox: lambda of the inverse Box-Cox transform of the normal draws, uniform on (-1, 1) when None. Its value means
     nothing by itself; its gradient is that of a convex calibrated loss.
+
+    Raises ValueError for shapes that differ and (on a CPU) labels that are neither.
     """
     if scores.shape != labels.shape or scores.dim() != 1:
         raise ValueError(f"takes scores [N] and labels [N], got {tuple(scores.shape)} and {tuple(labels.shape)}")
+    if can_look(labels) and (labels.abs() != 1).any():
+        raise ValueError(f"labels must be -1 or 1, got {labels[labels.abs() != 1][0].item()}")
     margin = labels.to(scores.dtype) * scores
     with torch.no_grad():
         lam = box_cox
@@ -49,6 +54,8 @@ def confident_bilateral(logits: Tensor, other: Tensor, *, positive: float = 0.65
 
     The class the other view believes in is learned where its probability is at least `positive`, and the class it rules
     out is unlearned where its probability is below `negative`.
+
+    One number.
     """
     q = other.detach()
     high, likely = q.max(-1)
@@ -83,7 +90,10 @@ def tri_bce(logits: Tensor, deep: Tensor, shallow: Tensor, target: Tensor, *, de
     source="Learn to Rank Risky Investors: A Case Study of Predicting Retail Traders' Behaviour and Profitability",
 )
 def profit_aware_bce(scores: Tensor, profit: Tensor, *, k: int = 3) -> Tensor:
-    """PA-BCE of scores [..., n]: the k most profitable items should be ranked as their profits are. One value a list."""
+    """PA-BCE of scores [..., n]: the k most profitable items should be ranked as their profits are. One value a list.
+
+    Raises ValueError for shapes that differ and k outside 1..n.
+    """
     if scores.shape != profit.shape or not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"takes scores and profits of one shape and 1 <= k <= n, got {tuple(scores.shape)}, k = {k}")
     value, best = profit.topk(k, -1)
@@ -93,23 +103,35 @@ def profit_aware_bce(scores: Tensor, profit: Tensor, *, k: int = 3) -> Tensor:
     return pairs.triu(1).sum((-2, -1)) / k
 
 
+def _check_chosen(name: str, chosen: Tensor, shape: torch.Size) -> None:
+    if chosen.dtype != torch.bool or chosen.shape != shape:
+        raise ValueError(f"{name} must be torch.bool {tuple(shape)}, got {chosen.dtype} {tuple(chosen.shape)}")
+
+
 @catalogue.entry(
     formula="(1 / valid rows) sum_i sum_j [valid_i] BCE(z_ij, t_ij), no gradient in the frozen columns",
     gradient="sigma(z_ij) - t_ij on the columns that train",
     source="Background Adaptation with Residual Modeling for Exemplar-Free Class-Incremental Semantic Segmentation",
 )
 def masked_bce(logits: Tensor, target: Tensor, *, trained: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
-    """Binary cross entropy of logits [N, C], summed over classes, mean over the valid rows [N].
+    """Binary cross entropy of logits [..., C], summed over classes, mean over the valid rows [...]; others are not read.
 
     trained [C] bool: other columns keep their value in the loss and get no gradient. BARM's pseudo-background loss:
     trained = the background's and the new task's channels; its distillation: target = sigmoid(old logits).
+
+    One number. Raises ValueError for shapes that differ and masks that are not bool of the shapes above.
     """
     if logits.shape != target.shape:
         raise ValueError(f"logits and target must have one shape, got {tuple(logits.shape)} and {tuple(target.shape)}")
-    z = logits if trained is None else torch.where(trained, logits, logits.detach())
-    rows = F.binary_cross_entropy_with_logits(z, target.to(z.dtype), reduction="none").sum(-1)
+    z, t = logits, target.to(logits.dtype)
+    if trained is not None:
+        _check_chosen("trained", trained, logits.shape[-1:])
+        z = torch.where(trained, z, z.detach())
     if valid is None:
-        return rows.mean()
+        return F.binary_cross_entropy_with_logits(z, t, reduction="none").sum(-1).mean()
+    _check_chosen("valid", valid, logits.shape[:-1])
+    z, t = (torch.where(valid[..., None], x, 0.0) for x in (z, t))  # 0 * NaN would be NaN in the gradient
+    rows = F.binary_cross_entropy_with_logits(z, t, reduction="none").sum(-1)
     return torch.where(valid, rows, 0.0).sum() / valid.sum().clamp(min=1)
 
 
@@ -120,9 +142,10 @@ def masked_bce(logits: Tensor, target: Tensor, *, trained: Tensor | None = None,
     published="squares that cancel; (1 - u)^2 - u^2 is 1 - 2 u",
 )
 def background_triplet(background: Tensor, unlabelled: Tensor) -> Tensor:
-    """BARM's triplet term of the background's logits [N] on the unlabelled pixels [N]."""
-    rows = torch.relu(-torch.tanh(background / 2))  # 1 - 2 sigma(z)
-    return torch.where(unlabelled, rows, 0.0).sum() / unlabelled.sum().clamp(min=1)
+    """BARM's triplet term of the background's logits [...] on the unlabelled pixels [...], bool; others are not read."""
+    _check_chosen("unlabelled", unlabelled, background.shape)
+    rows = torch.relu(-torch.tanh(torch.where(unlabelled, background, 0.0) / 2))  # 1 - 2 sigma(z), at z = 0 none
+    return rows.sum() / unlabelled.sum().clamp(min=1)
 
 
 @catalogue.entry(

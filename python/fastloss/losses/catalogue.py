@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Statistics = tuple[str, ...] | Callable[..., tuple[str, ...]]
@@ -26,6 +28,16 @@ class Entry:
     rows: bool
     temperature: Temperature
     engine: Callable[..., Mapping[str, Any]] | None = None
+    accepted: tuple[str, ...] = field(init=False)  # names of the parameters after the statistics
+    _defaults: tuple[tuple[str, Any], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Look at the signature once: it takes microseconds, and torch.compile may not be able to."""
+        found = list(inspect.signature(self.function).parameters.values())
+        names = tuple(p.name for p in found[1:] if p.kind is not p.VAR_KEYWORD)
+        defaults = tuple((p.name, p.default) for p in found if p.default is not p.empty)
+        object.__setattr__(self, "accepted", names)
+        object.__setattr__(self, "_defaults", defaults)
 
     def needs(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the statistics that the loss reads with these parameters, besides target logit and rest."""
@@ -39,16 +51,14 @@ class Entry:
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Raise TypeError for a keyword parameter that has no default and was not given."""
-        accepted = list(inspect.signature(self.function).parameters.values())[1:]
-        missing = [p.name for p in accepted if p.name not in parameters and p.kind is not p.VAR_KEYWORD]
+        missing = [name for name in self.accepted if name not in parameters]
         if missing:
             raise TypeError(f"{self.name} needs {', '.join(missing)}")
 
     @property
     def defaults(self) -> dict[str, Any]:
         """Keyword parameters and their defaults."""
-        found = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
+        return dict(self._defaults)
 
 
 _entries: dict[str, Entry] = {}
@@ -104,20 +114,30 @@ def entries() -> tuple[Entry, ...]:
     return tuple(_entries[name] for name in sorted(_entries))
 
 
+def _accepted(loss: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters of a user's own loss after the first, which is the statistics."""
+    if torch.compiler.is_compiling():  # which cannot trace inspect.signature of a function made inside
+        code = loss.__code__
+        return tuple(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+    return tuple(inspect.signature(loss).parameters)[1:]
+
+
 def split_arguments(loss: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arguments of the loss, arguments of the statistics) from what `row_loss` was given."""
-    accepted = list(inspect.signature(loss).parameters)[1:]  # the first is the statistics
+    known = find(loss)
+    accepted = _accepted(loss) if known is None else known.accepted
     own = {name: value for name, value in given.items() if name in accepted}
     engine = {name: value for name, value in given.items() if name not in accepted}
-    known = find(loss)
     if known is not None:
         parameters = {**known.defaults, **own}
         known.check(parameters)
         asked = engine.get("stats", ())
         asked = (asked,) if isinstance(asked, str) else tuple(asked)
         engine["stats"] = tuple(dict.fromkeys((*known.needs(parameters), *asked)))
+        made = {} if known.engine is None else dict(known.engine(**parameters))
         if known.temperature is not None:
-            engine["temperature"] = known.temperature_of(parameters)
-        if known.engine is not None:
-            engine |= known.engine(**parameters)
+            made["temperature"] = known.temperature_of(parameters)
+        if twice := sorted(engine.keys() & made.keys()):
+            raise TypeError(f"{known.name} sets {', '.join(twice)} of its statistics by itself: leave it out")
+        engine |= made
     return own, engine

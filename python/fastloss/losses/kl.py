@@ -85,6 +85,12 @@ def kl_corrected_k3(
     return rho * _k3(ref - logp)
 
 
+def check_estimator(name: str) -> None:
+    """Raise ValueError for an estimator that is none."""
+    if name not in (*_ESTIMATORS, "corrected_k3"):
+        raise ValueError(f"kl must be one of {', '.join(_ESTIMATORS)}, corrected_k3; got {name!r}")
+
+
 _ESTIMATORS: dict[str, Callable[..., Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "low_var": kl_low_var}
 
 
@@ -94,6 +100,7 @@ def kl_penalty(
     """The estimate of that name: "k1", "k2", "k3", "low_var" or "corrected_k3"."""
     if estimator == "corrected_k3" and old_logp is not None:
         return kl_corrected_k3(logp, reference_logp, old_logp, mask=mask)
-    if estimator not in _ESTIMATORS:
-        raise ValueError(f"kl must be one of {', '.join(_ESTIMATORS)}, corrected_k3; got {estimator!r}")
+    check_estimator(estimator)
+    if estimator == "corrected_k3":
+        raise ValueError("kl corrected_k3 needs old_logp, got None")
     return _ESTIMATORS[estimator](logp, reference_logp, mask=mask)

@@ -85,6 +85,8 @@ def sapo(
     """-A f(rho) with the soft gate f(rho) = (4 / tau) sigmoid(tau (rho - 1)): smooth where PPO clips.
 
     constant_gate: -A f(rho) logp with f a constant, as the published code has it ("token-mean" there).
+
+    Raises ValueError for a tau that is not > 0.
     """
     if not (tau_positive > 0 and tau_negative > 0):
         raise ValueError(f"tau_positive and tau_negative must be > 0, got {tau_positive} and {tau_negative}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..segments import Sequences, sequences
 from . import catalogue
 from .aggregation import LOG_RATIO_LIMIT, aggregate, log_ratio
-from .kl import kl_penalty
+from .kl import check_estimator, kl_penalty
 
 REC_PAPER = (
     "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm: Demystifying Some Myths About GRPO and Its Friends"
@@ -68,7 +68,10 @@ def opmd(
     logp: Tensor, advantage: Tensor, *, mask: Tensor | Sequences | None = None, tau: float = 1.0,
     aggregation: str = "token-mean",
 ) -> Tensor:  # fmt: skip
-    """-advantage * logp / (1 + tau), with `opmd_advantage`: online policy mirror descent."""
+    """-advantage * logp / (1 + tau), with `opmd_advantage`: online policy mirror descent.
+
+    Raises ValueError for tau <= -1.
+    """
     if not tau > -1:
         raise ValueError(f"tau must be > -1, got {tau}")
     return policy_gradient(logp, advantage, mask=mask, aggregation=aggregation) / (1.0 + tau)
@@ -148,6 +151,7 @@ def grpo(
     The paper averages over the tokens of each sequence first: aggregation="seq-mean-token-mean"; DAPO and the code
     this follows over all tokens.
     """
+    check_estimator(kl)
     o = operands(logp, old_logp, advantage, mask)
     tokens = _clipped(log_ratio(o.logp, o.old_logp), o.advantage, clip_low, clip_high, dual_clip)
     if reference_logp is not None:

@@ -45,6 +45,11 @@ def _check_pair(chosen: Tensor, rejected: Tensor) -> None:
         raise ValueError(f"one chosen answer a rejected one, got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
 
 
+def _check_like(name: str, given: Tensor, logp: Tensor) -> None:
+    if given.shape != logp.shape:
+        raise ValueError(f"{name} must have shape {tuple(logp.shape)}, got {tuple(given.shape)}")
+
+
 def _logistic(u: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - e) log sigmoid(u) - e log sigmoid(-u)."""
     if not 0 <= label_smoothing <= 0.5:
@@ -92,7 +97,10 @@ def ipo(
     beta: float = 0.1,
     reference_free: bool = False,
 ) -> Tensor:
-    """(h - 1 / (2 beta))^2, h = (chosen - reference) - (rejected - reference), one a pair; means over tokens."""
+    """(h - 1 / (2 beta))^2, h = (chosen - reference) - (rejected - reference), one a pair; means over tokens.
+
+    Raises ValueError for shapes that differ, beta <= 0, and no reference without reference_free.
+    """
     if not beta > 0:
         raise ValueError(f"beta must be > 0, got {beta}")
     return (_difference(chosen, rejected, reference_chosen, reference_rejected, reference_free) - 0.5 / beta) ** 2
@@ -116,6 +124,8 @@ def orpo(chosen: Tensor, rejected: Tensor, *, weight: float = 0.1, nll: Tensor |
     chosen, rejected: means of token log-probabilities. nll: the language-model loss of each pair, by default -chosen.
     """
     _check_pair(chosen, rejected)
+    if nll is not None:
+        _check_like("nll", nll, chosen)
     # p = 1 to the last digit has infinite odds; next to it they are finite, and the loss is smooth there
     tiny = torch.finfo(chosen.dtype).tiny ** 0.5
     ratio = _log_expm1(tiny - rejected) - _log_expm1(tiny - chosen)
@@ -159,6 +169,8 @@ def rpo(
 
     nll_weight: the OpenRLHF variant of the authors (0.2 there): the mean over the chosen answer's tokens instead of
     eta beta times the sum; it needs their number, `chosen_tokens`, of the pairs' shape.
+
+    Raises ValueError for shapes that differ, and where chosen_tokens or the reference is missing.
     """
     loss = dpo(
         chosen, rejected, reference_chosen, reference_rejected, beta=beta, label_smoothing=label_smoothing,
@@ -168,6 +180,7 @@ def rpo(
         return loss - eta * beta * chosen
     if chosen_tokens is None:
         raise ValueError("nll_weight needs chosen_tokens, the number of tokens of each chosen answer; got None")
+    _check_like("chosen_tokens", chosen_tokens, chosen)
     return loss - nll_weight * chosen / chosen_tokens.clamp(min=1)
 
 
@@ -191,10 +204,16 @@ def kto(
 
     logp, reference_logp: sums of token log-probabilities. desirable: bool, of their shape. reference_point: the estimate
     of KL(policy || reference), a constant: `kto_reference_point`, or 0.
+
+    Raises ValueError for shapes that differ and a dtype of `desirable` that is not bool.
     """
     if desirable.shape != logp.shape or desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be bool {tuple(logp.shape)}, got {desirable.dtype} {tuple(desirable.shape)}")
     point = reference_point.detach() if isinstance(reference_point, Tensor) else reference_point
+    if isinstance(point, Tensor):
+        point = point.reshape(()) if point.numel() == 1 else point
+        if point.dim():
+            _check_like("reference_point, if it is not one number,", point, logp)
     u = beta * (_log_ratio(logp, reference_logp, "all", False) - point)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-u), undesirable_weight * torch.sigmoid(u))
 
@@ -239,6 +258,8 @@ def preference(
     logp: [2 P, T], rows 0 .. P - 1 the chosen answers and P .. 2 P - 1 the rejected ones in the same order (or a packed
     batch of 2 P sequences, in `mask`). reference_logp: of the same shape. average: means over tokens instead of sums;
     None: what the loss is defined with. reduction: "mean", "sum" or "none" ([P]).
+
+    Raises ValueError for another reduction and an odd number of sequences, and what the loss raises.
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -33,9 +34,13 @@ def loss_reweighted(losses: Tensor, *, strategy: str = "linupper", r: float = 0.
     """The batch's loss from losses [N] of its samples, weighted by their size. r = 0.4; uniform during a warm-up (r = inf).
 
     strategy: "linupper" min(h + 1, 1), "quadratic" 1 - h^2, "upper" (h + 1) / 2, "extremes" |h|.
+
+    Raises ValueError for losses that are not [N], N > 0, another strategy and r <= 0.
     """
     if strategy not in _STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(_STRATEGIES)}, got {strategy!r}")
+    if not r > 0:
+        raise ValueError(f"r must be > 0, got {r}")
     detached = _vector(losses).detach()
     low, high = detached.amin(), detached.amax()
     spread = high - low
@@ -49,11 +54,19 @@ def loss_reweighted(losses: Tensor, *, strategy: str = "linupper", r: float = 0.
     source="Doubly Robust Instance-Reweighted Adversarial Training",
 )
 def kl_dro(losses: Tensor, *, r: float = 1.0) -> Tensor:
-    """The worst reweighting of losses [N] within a KL ball: between their mean (r -> inf) and their maximum (r -> 0)."""
+    """The worst reweighting of losses [N] within a KL ball: between their mean (r -> inf) and their maximum (r -> 0).
+
+    Raises ValueError for losses that are not [N], N > 0, and r <= 0.
+    """
     if not r > 0:
         raise ValueError(f"r must be > 0, got {r}")
     n = len(_vector(losses))
-    return r * ((losses / r).logsumexp(0) - torch.tensor(float(n), dtype=losses.dtype).log().to(losses.device))
+    top = losses.detach().amax()  # a constant: it falls out of the sum
+    below = (losses - top) / r
+    # log of a mean near 1, for a large r: log sum - log n would leave no digit of it
+    near = torch.expm1(below).mean()
+    spread = torch.where(near > -0.5, torch.log1p(near.clamp(min=-0.5)), below.logsumexp(0) - math.log(n))
+    return top + r * spread
 
 
 @catalogue.entry(
@@ -62,18 +75,22 @@ def kl_dro(losses: Tensor, *, r: float = 1.0) -> Tensor:
     source="Can we learn better with hard samples?",
 )
 def hard_fraction(losses: Tensor, *, fraction: float = 0.5) -> Tensor:
-    """The mean over the hardest fraction of losses [N]."""
+    """The mean over the hardest fraction of losses [N].
+
+    Raises ValueError for losses that are not [N], N > 0, and a fraction outside (0, 1].
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    k = max(1, -int(-fraction * len(_vector(losses)) // 1))
+    k = max(1, math.ceil(round(fraction * len(_vector(losses)), 9)))  # 0.07 * 100 is 7.000000000000001
     return losses.topk(k).values.mean()
 
 
 def bag_mean(x: Tensor, bags: Tensor, count: int) -> Tensor:
     """Means of x [N, ...] over the bags [N] (ids 0..count-1): [count, ...]; 0 for an empty bag."""
-    total = x.new_zeros(count, *x.shape[1:]).index_add(0, bags, x)
-    size = torch.bincount(bags, minlength=count).clamp(min=1).to(x.dtype)
-    return total / size.reshape(-1, *(1,) * (x.dim() - 1))
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))  # a sum or a count in 16 bits stops growing
+    total = exact.new_zeros(count, *x.shape[1:]).index_add(0, bags, exact)
+    size = torch.bincount(bags, minlength=count).clamp(min=1).to(exact.dtype)
+    return (total / size.reshape(-1, *(1,) * (x.dim() - 1))).to(x.dtype)
 
 
 @catalogue.entry(
@@ -88,6 +105,8 @@ def aggregate_response(
 
     predictions [N, ...], responses [B, ...] (the bags' means), bags [N] ids. rho 0: bag level, 1: instance level,
     between: the interpolation that regularises the instance level towards the bag's.
+
+    Raises ValueError for rho outside [0, 1].
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho must be in [0, 1], got {rho}")
@@ -111,6 +130,8 @@ def multi_sample_dropout(
 
     loss(features, target) with a mean reduction, e.g. lambda h, y: linear_cross_entropy(h, weight, y): all masks are
     rows of one call, so the head's weight is read once a chunk and no logits are stored.
+
+    Raises ValueError for samples < 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")

@@ -71,7 +71,8 @@ def plackett_luce_order(teacher: Tensor, target: Tensor, k: int, *, temperature:
     if not 1 <= k <= vocab:
         raise ValueError(f"k must be from 1 to the {vocab} columns, got {k}")
     ids = target.clamp(min=0)[..., None]  # ignored rows get some order: they count nothing
-    others = teacher.scatter(-1, ids, -INF).topk(k - 1, -1).indices
+    above = teacher.clamp(min=torch.finfo(teacher.dtype).min)  # so that a column of -inf comes before the target again
+    others = above.scatter(-1, ids, -INF).topk(k - 1, -1).indices
     order = torch.cat((ids, others), -1)
     log_q = torch.log_softmax(teacher.float() if teacher.dtype != torch.float64 else teacher, -1)
     if temperature != 1:
