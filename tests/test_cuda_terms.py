@@ -232,7 +232,7 @@ def faulty() -> Path:
     ]
     for number, (_, file, right, wrong) in enumerate(FAULTS, 1):
         patches.append((file, right, f"(planted_fault == {number} ? ({wrong}) : ({right}))"))
-    return build.build("quick", patches, terms_only=True)
+    return build.build("quick", patches, only="row_terms")
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
