@@ -286,6 +286,37 @@ def focal(group: Group) -> Case:
     return Case(calls, (z, y), 3 * size, 0, gradient_bytes=size, logits_bytes=size)
 
 
+MARGIN_LOSSES = (
+    "focal", "generalized_cross_entropy", "ldr_kl", "pass_at_n", "mean_absolute_error", "unlikelihood",
+    "symmetric_cross_entropy", "asymmetric_unhinged",
+)  # fmt: skip
+
+
+def margin(group: Group) -> Case:
+    """Losses of the margin against our own cross entropy, on logits [N, V] or on a head [N, D, V]; one row a loss."""
+    loss = getattr(fastloss.losses, group.mode)
+    if len(group.shape) == 2:
+        z, y = common.logits(group)
+        z.requires_grad_()
+        calls = {
+            "cross_entropy": training_step(lambda: fastloss.cross_entropy(z, y), z),
+            **ours(group.device, training_step(lambda: fastloss.row_loss(z, y, loss), z)),
+        }
+        return Case(calls, (z, y), 2 * z.nbytes, 0, gradient_bytes=z.nbytes, logits_bytes=z.nbytes)
+    n, d, v = group.shape
+    x, w, y = common.head(group)
+    x.requires_grad_()
+    w.requires_grad_()
+    calls = {
+        "cross_entropy": training_step(lambda: fastloss.linear_cross_entropy(x, w, y), x, w),
+        **ours(group.device, training_step(lambda: fastloss.linear_row_loss(x, w, y, loss), x, w)),
+    }
+    gradients = x.nbytes + w.nbytes
+    return Case(
+        calls, (x, w, y), 2 * gradients, 6 * n * d * v, gradient_bytes=gradients, logits_bytes=n * v * x.element_size()
+    )
+
+
 def region(group: Group) -> Case:
     """Dice of every sample and class, alone or with the binary cross entropy of the same pixels ("combo")."""
     torch.manual_seed(0)
@@ -380,6 +411,7 @@ CASES: dict[str, Callable[[Group], Case]] = {
     "distillation": distillation,
     "row_stats": row_stats,
     "focal": focal,
+    "margin": margin,
     "region": region,
     "sample": sample,
     "linear_sample": linear_sample,

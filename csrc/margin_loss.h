@@ -86,7 +86,7 @@ inline double margin_value(int loss, double a, double b, double d, double classe
   case kTruncatedCompSum:
     return p <= b ? (1 - pow(b, a)) / a : -expm1(-a * nll) / a;
   case kFocal:
-    return d == -HUGE_VAL ? HUGE_VAL : exp(-a * softplus(d)) * nll;
+    return a == 0 || d == -HUGE_VAL ? nll : exp(-a * softplus(d)) * nll;
   case kUnlikelihood:
     return softplus(d);
   case kSymmetric:

@@ -95,7 +95,7 @@ def compare(student: LanguageModel, teacher: LanguageModel, ids: Tensor, target:
             (gradient,) = torch.autograd.grad(loss, weight)
             times.append(time.perf_counter() - start)
         found[name] = gradient
-        print(f"one step of the head, {name:8s}: loss {float(loss):.5f}, {1e3 * sorted(times)[1]:7.1f} ms")
+        print(f"one step of the head, {name:8s}: loss {loss.item():.5f}, {1e3 * sorted(times)[1]:7.1f} ms")
     gap = (found["stored"] - found["streamed"]).norm() / found["stored"].norm()
     mib = 2 * len(target) * len(weight) * 4 / 2**20
     print(f"gradients differ by {float(gap):.1e} relative; the logits of student and teacher would be {mib:.0f} MiB")
@@ -103,8 +103,8 @@ def compare(student: LanguageModel, teacher: LanguageModel, ids: Tensor, target:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--vocab", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--width", type=int, default=48, help="of the student; the teacher's is four times that")

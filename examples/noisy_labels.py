@@ -30,7 +30,7 @@ def ways(examples: int) -> dict[str, Loss]:
             z, y, losses.generalized_cross_entropy, q=0.7
         ),
         "label-distributionally robust (LDR-KL)": lambda z, y, i: fastloss.row_loss(
-            z, y, losses.ldr_kl, lam=10.0, margin=0.1
+            losses.softplus_normalize(z), y, losses.ldr_kl, lam=2.0, margin=5.0
         ),
         "early-learning regularisation (ELR)": lambda z, y, i: fastloss.row_loss(
             z, y, losses.early_learning, teacher=targets(z, i), lam=3.0

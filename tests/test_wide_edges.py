@@ -215,3 +215,14 @@ def test_losses_compile_with_dynamic_shapes() -> None:
         got, want = compiled(x, t, y), everything(x, t, y)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
+
+
+def test_a_module_owns_the_tensors_it_was_given() -> None:
+    weight = torch.rand(7)
+    gamma = torch.nn.Parameter(torch.full((4,), 2.0))
+    module = fastloss.nn.RowLoss(lambda s, gamma: s.nll**gamma, gamma=gamma, column_weight=weight)
+    assert [p is gamma for p in module.parameters()] == [True]
+    assert set(module.state_dict()) == {"tensors.gamma", "tensors.column_weight"}
+    module(torch.randn(4, 7), torch.tensor([0, 1, 2, 6])).backward()
+    assert gamma.grad is not None and (gamma.grad != 0).all()
+    assert module.to(torch.float64).arguments["column_weight"].dtype == torch.float64

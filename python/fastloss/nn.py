@@ -240,7 +240,18 @@ class RowLoss(torch.nn.Module):
     def __init__(self, loss: RowFunction, *, reduction: str = "mean", **arguments: Any) -> None:
         super().__init__()
         check_reduction(reduction)
-        self.loss, self.reduction, self.arguments = loss, reduction, arguments
+        self.loss, self.reduction, self.numbers = loss, reduction, arguments
+        self.tensors = torch.nn.Module()  # what is a tensor moves, trains and is saved with the module
+        for name, value in list(arguments.items()):
+            if isinstance(value, torch.nn.Parameter):
+                self.tensors.register_parameter(name, arguments.pop(name))
+            elif isinstance(value, Tensor):
+                self.tensors.register_buffer(name, arguments.pop(name))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the loss and its statistics are given at every call."""
+        return {**self.numbers, **dict(self.tensors.named_parameters()), **dict(self.tensors.named_buffers())}
 
     def forward(self, logits: Tensor, target: Tensor | None = None, **arguments: Any) -> Tensor:
         """The loss of logits [..., V]; `arguments` of this call (a teacher, advantages) come on top of the module's."""
