@@ -375,6 +375,11 @@ PYBIND11_MODULE(_C, m) {
                         pointer<void>(stream));
       },
       ROW_SAMPLE_KEYWORDS, py::arg("device"), py::arg("stream"));
+  m.attr("MOST_LISTED") = kMostListed;
+  m.def(
+      "row_terms_cuda",
+      [](const RowTerms &args, int device, uintptr_t stream) { row_terms_cuda(args, device, pointer<void>(stream)); },
+      py::arg("args"), py::arg("device"), py::arg("stream"));
   m.def("scale_cuda", [](uintptr_t x, int dtype, int64_t n, uintptr_t factor, int device, uintptr_t stream) {
     scale_cuda(pointer<void>(x), dtype, n, pointer<float>(factor), device, pointer<void>(stream));
   });

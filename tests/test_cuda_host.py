@@ -57,6 +57,31 @@ def test_margin_form(library: Path, dtype: str, want: int) -> None:
         run(library, Case(v, BOTH, dtype, ("sure", "surer", "certain", "offset", "huge"), want=want, nll_only=True))
 
 
+MARGIN_LOSSES = {
+    "comp_sum": (1, 0.5, 80.0),
+    "comp_sum_steep": (1, 2.5, 80.0),
+    "truncated": (2, 0.7, 0.1),
+    "focal": (3, 2.0, 0.0),
+    "unlikelihood": (4, 0.0, 0.0),
+    "symmetric": (5, 0.3, 4.0),
+    "asymmetric_unhinged": (6, 1.5, 0.7),
+    "asymmetric_general": (7, 0.5, 0.3),
+    "shifted": (8, 1.5, 0.5),
+    "pass_at_n": (9, 16.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("loss", list(MARGIN_LOSSES))
+@pytest.mark.parametrize("want", [0, SUM], ids=["lean", "general"])
+def test_margin_losses(loss: str, want: int) -> None:
+    """Other losses of the margin in the place of the nll, by their slopes."""
+    rows = ("plain", "sure", "surer", "certain", "offset", "ignored", "above", "nothing", "alone", "nan", "flat")
+    for v, dtype in itertools.product((1, 2, 257), CODES):
+        run(build.build(), Case(v, BOTH, dtype, rows, want=want, margin=MARGIN_LOSSES[loss], slices=1 + v % 2))
+    run(build.build(), Case(120, BOTH, "fp32", ("lost", "huge", "inf"), want=want, margin=MARGIN_LOSSES[loss]))
+    run(build.build(), Case(120, BOTH, "bf16", rows, want=want, margin=MARGIN_LOSSES[loss], scale=0.5, softcap=20))
+
+
 @MODES
 @DTYPES
 def test_every_statistic(library: Path, mode: int, dtype: str) -> None:

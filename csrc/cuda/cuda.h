@@ -39,7 +39,10 @@ void row_stats_launch(const RowStats &, const RowStatsPlan &, void *stream);
 void row_stats_cuda(const RowStats &, int device, void *stream);
 
 // The terms contract; null, or why row_terms_cuda cannot run this.
+constexpr int kMostListed = 8192; // their ids are in shared memory
 const char *row_terms_cuda_why_not(const RowTerms &);
+RowStatsPlan row_terms_plan(const RowTerms &, const DeviceLimits &);
+void row_terms_launch(const RowTerms &, const RowStatsPlan &, void *stream);
 void row_terms_cuda(const RowTerms &, int device, void *stream);
 
 // How the rows of row_sample are dealt to blocks; the slices of a row are one cluster.

@@ -72,6 +72,10 @@ def row_sample_cuda(
     *, logits: int, seed: int, streams: int, index: int, logp: int, n: int, v: int, ld: int, dtype: int, scale: float,
     softcap: float, device: int, stream: int,
 ) -> None: ...  # fmt: skip
+
+MOST_LISTED: int
+
+def row_terms_cuda(args: RowTerms, device: int, stream: int) -> None: ...
 def scale_cuda(x: int, dtype: int, n: int, factor: int, device: int, stream: int) -> None: ...
 def region_stats_cpu(
     *, logits: int, target: int, mask: int, coef: int, stats: int, dlogits: int, n: int, size: int, mask_share: int,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .compiled import _C, DTYPES, MISSING, CompiledRows, register, why_not_rows
 from .compiled_pointwise import CompiledPointwise
-from .device_checks import check_targets
+from .compiled_terms import CompiledTerms, register_terms
+from .device_checks import check_listed, check_targets
 from .registry import kernel
 
 
@@ -75,3 +76,13 @@ def _launch_pointwise(input: Tensor, *args: Any, unless_one: bool = False) -> No
 CompiledPointwise(
     _launch_pointwise, lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
 ).register("cuda", _missing)
+
+
+def _launch_terms(logits: Tensor, /, **fields: Any) -> None:
+    device = logits.device.index
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    _C.row_terms_cuda(_C.RowTerms(**fields), device, stream)  # type: ignore[union-attr]
+
+
+terms = CompiledTerms(_launch_terms, rows.empty_like)
+register_terms("cuda", terms, _missing, check_listed, most_listed=getattr(_C, "MOST_LISTED", None))

@@ -139,9 +139,9 @@ class CompiledTerms:
 
 def register_terms(
     backend: str, terms: CompiledTerms, missing: Callable[[Tensor], str | None],
-    check: Callable[[Tensor | None, int, int], None], both: bool = False,
+    check: Callable[[Tensor | None, int, int], None], most_listed: int | None = None, both: bool = False,
 ) -> None:  # fmt: skip
-    """Register `row_terms` and its backward as `backend`.
+    """Register `row_terms` and its backward as `backend`, for up to `most_listed` listed columns a row.
 
     missing(x): why nothing of this backend can run on x, or None. check(listed, columns, ignore_index): raises for ids
     beyond the columns where that costs no synchronisation. both: the launcher knows the mode BOTH.
@@ -150,6 +150,8 @@ def register_terms(
     def why_not(
         logits: Tensor, listed: Tensor | None = None, teacher: Tensor | None = None, *_: Any
     ) -> str | None:  # fmt: skip
+        if most_listed is not None and listed is not None and listed.shape[-1] > most_listed:
+            return f"takes at most {most_listed} listed columns a row, got {listed.shape[-1]}"
         return missing(logits) or why_not_terms(logits, teacher)
 
     def row_terms(logits: Tensor, listed: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:

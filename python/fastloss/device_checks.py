@@ -27,3 +27,13 @@ def check_targets(target: Tensor | None, classes: int, ignore_index: int) -> Non
         torch._assert_async(
             good.all(), f"fastloss: a class id is not in 0..{classes - 1} nor ignore_index {ignore_index}"
         )
+
+
+def check_listed(listed: Tensor | None, columns: int, ignore_index: int) -> None:
+    """Assert on the device that every listed column is below `columns`, negative or ignore_index, if the check is on."""
+    if _enabled and listed is not None and listed.numel():
+        good = (listed < columns) | (listed == ignore_index)
+        torch._assert_async(
+            good.all(),
+            f"fastloss: a listed column is not in 0..{columns - 1}, negative or ignore_index {ignore_index}",
+        )

@@ -235,9 +235,13 @@ def row_terms_backward(
         dz = dz + _times(k[TermCoef.ALL_Z], _product(p, gap))
     if want & Want.TEACHER_MEAN:
         dz = dz + _times(k[TermCoef.ALL_T], _product(p, teacher_gap))
-    log_q = teacher_gap / w - s[TermStat.TEACHER_LOGSUM]
+    if value is None:
+        log_q = teacher_gap / w - s[TermStat.TEACHER_LOGSUM]
+        q = log_q.exp()
+    else:
+        q, _ = gauss_probabilities(value.to(z.dtype), z.shape[1], a, b, c)
+        log_q = q.log()
     if want & Want.SCORE_MEAN:
-        q = log_q.exp() if value is None else gauss_probabilities(value.to(z.dtype), z.shape[1], a, b, c)[0]
         dz = dz + _times(k[TermCoef.TEACHER], q)
     if want & Want.TERM:
         left, right = (z / w, t / w) if term in RAW else (log_p, log_q)

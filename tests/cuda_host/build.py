@@ -65,11 +65,13 @@ def sources(patches: Sequence[Patch] = ()) -> dict[str, str]:
     return texts
 
 
-def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | None = None) -> Path:
-    """The shared library of the kernels and capi.cpp, or an executable of the text `program`."""
+def build(
+    variant: str = "plain", patches: Sequence[Patch] = (), program: str | None = None, only: str | None = None
+) -> Path:
+    """The shared library of the kernels (`only`: row_stats or row_terms) and capi.cpp, or an executable of `program`."""
     texts = sources(patches)
     texts["capi.cpp"] = (HERE / "capi.cpp").read_text() if program is None else program
-    key = hashlib.sha256(repr((variant, FLAGS[variant], texts)).encode()).hexdigest()[:20]
+    key = hashlib.sha256(repr((variant, FLAGS[variant], texts, only)).encode()).hexdigest()[:20]
     out = CACHE / f"{key}.{'so' if program is None else 'exe'}"
     if out.exists():
         return out
@@ -81,6 +83,8 @@ def build(variant: str = "plain", patches: Sequence[Patch] = (), program: str | 
             path.write_text(text)
         made = Path(work) / "made"
         kernels = [f"{work}/{name}" for name in texts if name.endswith(".cu") and name != "device.cu"]
+        if only:
+            kernels = [f"-DONLY_{only}", f"{work}/{only}.cu"]
         kind = ["-fPIC", "-shared", *kernels] if program is None else []
         warnings = "-Wall -Wextra -Wno-unused -Wno-unknown-pragmas".split()
         # Without gnu-unique every library has its own emulator, however many one process loads.
@@ -114,9 +118,12 @@ def load(path: Path) -> ctypes.CDLL:
         "c_sample",
         "c_sample_run",
         "c_scale",
+        "c_terms",
+        "c_terms_run",
         "c_why_not",
     ):
-        getattr(library, name).restype = ctypes.c_char_p
+        if hasattr(library, name):  # a library of one kernel has not all
+            getattr(library, name).restype = ctypes.c_char_p
     return library
 
 

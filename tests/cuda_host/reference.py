@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,3 +138,47 @@ def cross_entropy_gradient(row: Row, epilogue: Array) -> tuple[Array, Array]:
         terms.append(s * row.weight)
         size.append(np.abs(s * row.weight))
     return chain(row, sum(terms)), chain(row, sum(size))
+
+
+def margin_loss(loss: int, a: float, b: float, d: complex) -> Any:
+    """phi(d), the losses of csrc/margin_loss.h by their numbers, d complex."""
+    p, nll, miss = 1 / (1 + np.exp(-d)), np.log1p(np.exp(-d)), 1 / (1 + np.exp(d))
+    return [
+        lambda: nll,
+        lambda: np.exp((1 - a) * nll) / (1 - a),
+        lambda: -np.exp(-a * nll) / a if p.real > b else 0 * d,
+        lambda: miss**a * nll,
+        lambda: np.log1p(np.exp(d)),
+        lambda: (1 - a) * nll + a * b * miss,
+        lambda: (a - p) ** b / b,
+        lambda: -((a + p) ** b) / b,
+        lambda: b * np.log1p(np.exp(a - d)),
+    ][loss]()
+
+
+def margin_slope(loss: int, a: float, b: float, d: float) -> float:
+    """phi'(d) by a step in the imaginary direction, which costs no digits; comp-sum losses go straight on from `b`."""
+    if np.isnan(d) or d == INF:
+        return float(d) if np.isnan(d) else 0.0
+    if loss == 1 and (1 - a) * np.logaddexp(0, -d) > b:
+        return float(-np.exp(b) / (1 + np.exp(d)))
+    if loss == 9:  # -log(1 - (1 - p)^a): numpy's complex log1p has no small results
+        d = max(d, -600)
+        log_p, log_miss = -np.logaddexp(0, -d), -np.logaddexp(0, d)
+        return float(a * np.exp(log_p + a * log_miss) / np.expm1(a * log_miss))
+    return float(np.imag(margin_loss(loss, a, b, complex(np.clip(d, -250, 250), 1e-20))) / 1e-20)
+
+
+def margin_gradient(row: Row, epilogue: Array, loss: tuple[int, float, float]) -> tuple[Array, Array]:
+    """dl of b phi(d) + s sum c z, phi a loss of the margin d, and the size of its terms."""
+    if row.out_of_range:
+        return np.full_like(row.z, np.nan), np.ones_like(row.z)
+    z, rest = row.z, row.z[~row.own]
+    top = float(np.max(rest)) if len(rest) else -INF
+    logsum = log_sum(rest - (0 if top == -INF else top))
+    target = float(z[row.own][0])
+    own = epilogue[0] * margin_slope(*loss, np.nan if logsum == target == -INF else target - (log_sum(rest)))
+    terms = [own * row.own, np.where(row.own, 0, -own) * exponentials(row, top, logsum)]
+    if row.want & SUM:
+        terms.append(epilogue[3] * row.weight)
+    return chain(row, sum(terms)), chain(row, sum(np.abs(t) for t in terms))

@@ -16,7 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import build
-from .reference import ARGMAX, ENTROPY, INF, SUM, SUMSQ, TEMPERED, Row, cross_entropy_gradient, gradient, statistics
+from .reference import (
+    ARGMAX,
+    ENTROPY,
+    INF,
+    SUM,
+    SUMSQ,
+    TEMPERED,
+    Row,
+    cross_entropy_gradient,
+    gradient,
+    margin_gradient,
+    statistics,
+)
 
 STATS, GRADIENT, BOTH = 0, 1, 2
 IGNORE = -100
@@ -279,6 +291,9 @@ def judge(
         return
     if case.mode == GRADIENT:
         grad, size = gradient(row, numbers, stats.astype(np.float64), argmax)
+    elif case.margin[0]:
+        grad, size = margin_gradient(row, numbers, case.margin)
+        size = size * (1 + abs(case.margin[1]))  # d is rounded, and the slope's exponent is a multiple of it
     else:
         grad, size = cross_entropy_gradient(row, numbers)
     far = np.abs(np.where(np.isfinite(row.z), row.z - wanted[0][0], 0)) if np.isfinite(wanted[0][0]) else 0
@@ -287,7 +302,7 @@ def judge(
     relative = 2e-6 + 2e-7 * (far / min(1.0, row.temperature) + margin) + 4e-7 * np.max(z, initial=0)
     slack = np.abs(size) * relative + np.abs(grad) * EPS[case.dtype] + TINY[case.dtype]
     if case.softcap:  # 1 - (z / softcap)^2 cancels near the cap
-        slack = slack + 1e-6 * np.abs(case.scale) * (np.abs(numbers[:7]).sum() * (1 + far))
+        slack = slack + 1e-6 * np.abs(case.scale) * (np.nansum(np.abs(numbers[:7])) * (1 + far))
     close(f"{what} gradient", out, grad, slack)
 
 

@@ -275,6 +275,8 @@ def test_any_forward_with_any_backward(forward: str, backward: str) -> None:
     if "cpp" in (forward, backward) and "cpp" not in fastloss.registry.backends("row_terms"):
         forward, backward = (b.replace("cpp", "reference") for b in (forward, backward))
     z, p = torch.randn(3, 50) * 3, problem(3, 50, EVERYTHING, 4, scale=0.9, softcap=5.0)
+    if "cpp" in (forward, backward):
+        p.listed[p.listed >= 50] = 7  # a CPU refuses what is NaN on a GPU
     leaf = z.double().requires_grad_()
     e = expect(leaf, p)
     coef, truth = expected_gradient(e, p, leaf)
