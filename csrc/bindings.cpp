@@ -145,7 +145,7 @@ RowTerms row_terms_of(uintptr_t logits, uintptr_t listed, uintptr_t teacher, uin
                       uintptr_t temperature, uintptr_t coef, uintptr_t stats, uintptr_t argmax, uintptr_t dlogits,
                       int64_t n, int64_t v, int64_t k, int64_t ld, int64_t ld_teacher, int64_t ld_out,
                       int64_t ignore_index, int dtype, int teacher_dtype, int mode, int want, int term, float scale,
-                      float softcap, float a, float b, float c) {
+                      float softcap, float a, float b, float c, double nll_share, double term_share) {
   return {pointer<void>(logits),
           pointer<int64_t>(listed),
           pointer<void>(teacher),
@@ -172,7 +172,9 @@ RowTerms row_terms_of(uintptr_t logits, uintptr_t listed, uintptr_t teacher, uin
           softcap,
           a,
           b,
-          c};
+          c,
+          nll_share,
+          term_share};
 }
 
 // One keyword for each field of RowStats, in the order of row_stats_of.
@@ -209,7 +211,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("argmax"), py::arg("dlogits"), py::arg("n"), py::arg("v"), py::arg("k"), py::arg("ld"),
            py::arg("ld_teacher"), py::arg("ld_out"), py::arg("ignore_index"), py::arg("dtype"),
            py::arg("teacher_dtype"), py::arg("mode"), py::arg("want"), py::arg("term"), py::arg("scale"),
-           py::arg("softcap"), py::arg("a"), py::arg("b"), py::arg("c"));
+           py::arg("softcap"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("nll_share") = 0.0,
+           py::arg("term_share") = 0.0);
   m.def("keep_memory", &keep_memory, py::arg("limit"));
   m.def("best_isa", &best_isa);
   m.def("isa_name", &isa_name, py::arg("isa"));

@@ -54,12 +54,14 @@ struct RowTerms {
   const uint8_t *subset;    // [v] 0 or 1, or null
   const float *temperature; // [n] > 0, or null: 1
   const float *coef;        // [kCoefListed + k][n] under kGradient
-  float *stats;             // [kListedScores + k][n]: written by kStats, read by kGradient
+  float *stats;             // [kListedScores + k][n]: written by kStats and kBoth, read by kGradient
   int64_t *argmax;          // [n], for kArgmax
   void *dlogits;            // [n][ld_out] dtype, may be `logits` itself
   int64_t n, v, k, ld, ld_teacher, ld_out, ignore_index;
   int dtype, teacher_dtype, mode, want, term;
   float scale, softcap, a, b, c; // a, b, c: the numbers of the term, or low, width, sigma with `value`
+  // kBoth (CPU): the loss nll_share (-log p_y) + term_share (term) of every row, y its only listed column
+  double nll_share = 0, term_share = 0;
 };
 
 } // namespace fastloss

@@ -49,6 +49,33 @@ def test_teacher_head(dtype: torch.dtype, separable: bool | None, limit: int | N
         assert a.dtype == dtype and (a.double() - e.double()).abs().max() <= eps * e.double().abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("limit", [None, 2 * 2 * V * 4])
+@pytest.mark.parametrize("loss", [losses.forward_kl, losses.reverse_kl, losses.jensen_shannon, losses.skewed_kl])
+def test_distillation_without_target_or_with_one_that_it_does_not_read(
+    loss: Any, limit: int | None, dtype: torch.dtype
+) -> None:
+    """The gradient made right after the statistics, chunk by chunk; the backward scales it, twice if the graph is kept."""
+    x, w, b, teacher, t = head(dtype)
+    for target in (None, TARGET):
+        ours = fastloss.linear_row_loss(
+            x, w, target, loss, linear_bias=b, teacher=teacher, temperature=2.0, max_extra_bytes=limit
+        )
+        z = F.linear(x.double(), w.double(), b.double())
+        want = fastloss.row_loss(z, target, loss, teacher=t, temperature=2.0)
+        eps = 8 * max(torch.finfo(dtype).eps, 1e-6)
+        assert (ours.double() - want).abs() <= eps * want.abs()
+        true = torch.autograd.grad(want, (x, w, b))
+        for upstream in (3.0, 1.0, 1.0):
+            got = torch.autograd.grad(ours * upstream, (x, w, b), retain_graph=True)
+            for a, e in zip(got, true, strict=True):
+                e = e.double() * upstream
+                assert a.dtype == dtype and (a.double() - e).abs().max() <= eps * e.abs().max()
+        got = torch.autograd.grad(ours, (x, w, b))  # the graph goes, and what it kept may be handed out
+        for a, e in zip(got, true, strict=True):
+            assert (a.double() - e.double()).abs().max() <= eps * e.double().abs().max()
+
+
 def test_second_derivatives_and_transforms() -> None:
     x, w, _, teacher, _ = head()
 

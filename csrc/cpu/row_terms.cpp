@@ -1,129 +1,12 @@
 // row_terms on the CPU: docs/design.md, "The terms contract". The loops over the columns are in row_terms.inc, in fp32;
 // here is what happens once a row, in double. Threads share out the rows, so no sum depends on their number.
-#include "row_terms_loops.h"
+#include "row_terms_both.h"
 
-#include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <omp.h>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace fastloss {
 namespace {
-
-constexpr int64_t kFewElements = 1 << 13; // not worth waking a second thread
-constexpr double kLog2eDouble = 1.44269504088896340736, kRootTwo = 1.41421356237309504880;
-constexpr double kInf = std::numeric_limits<double>::infinity(), kNan = std::numeric_limits<double>::quiet_NaN();
-// A rest this far below everything else may share its powers: the scores are rounded to a multiple of this number.
-constexpr double kSharedRest = 8;
-// The lean loops: scores up to here, and a KL from here on, whose rounding is then a millionth of it.
-constexpr float kLargestLean = 1e6f;
-constexpr double kSmallKl = 0.05, kLn2 = 0.693147180559945309417;
-
-struct FreeMemory {
-  void operator()(void *address) const { std::free(address); }
-};
-using Floats = std::unique_ptr<float, FreeMemory>;
-
-Floats floats(int64_t count) {
-  size_t bytes = size_t(count + 15) / 16 * 64 + 64;
-  return Floats(static_cast<float *>(std::aligned_alloc(64, bytes)));
-}
-
-int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-float element(const void *values, int dtype, int64_t i) {
-  return dtype == kFloat32   ? static_cast<const float *>(values)[i]
-         : dtype == kFloat16 ? to_float(static_cast<const Float16 *>(values)[i])
-                             : to_float(static_cast<const BFloat16 *>(values)[i]);
-}
-
-void fill(void *values, int dtype, int64_t count, float with) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (dtype == kFloat32) static_cast<float *>(values)[i] = with;
-    else if (dtype == kFloat16) from_float(static_cast<Float16 *>(values)[i], with);
-    else from_float(static_cast<BFloat16 *>(values)[i], with);
-  }
-}
-
-double finite(double top) { return top == -kInf ? 0 : top; }
-
-// Phi on both sides of the mean without losing digits: twice the mass between two edges, in units of sqrt(2) sigma.
-double mass_between(double left, double right) {
-  return left > 0 ? std::erfc(left) - std::erfc(right) : std::erfc(-right) - std::erfc(-left);
-}
-
-// What one thread needs for its rows.
-struct Scratch {
-  Floats powers, teacher_powers, log_generated;
-  double log_denominator = 0;      // of the probabilities that are generated
-  std::vector<int64_t> listed;     // distinct columns of the row, ascending
-  std::vector<float> coefficients; // of these columns, under kGradient
-};
-
-class TermRows {
-public:
-  TermRows(const RowTerms &args, int isa)
-      : args_(args), loops_(term_loops_for(args.dtype, args.teacher_dtype, isa)),
-        raw_((args.want & kTerm) && args.term >= kLogCosh),
-        normalised_((args.want & kTerm) && args.term != kNoTerm && args.term < kLogCosh),
-        lean_(normalised_ && args.teacher && !args.value && args.softcap == 0 && args.scale > 0 &&
-              !(args.want & ~(kTerm | kTeacher))) {
-    if (!args.subset) return;
-    subset_ = floats(args.v);
-    for (int64_t j = 0; j < args.v; ++j) subset_.get()[j] = args.subset[j] ? 1.f : 0.f;
-  }
-
-  void run() const {
-    const int64_t rows = args_.n;
-    const int threads = rows * args_.v <= kFewElements ? 1 : int(std::min<int64_t>(omp_get_max_threads(), rows));
-    if (threads <= 1) return run(0, rows);
-#pragma omp parallel num_threads(threads)
-    {
-      int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-      run(rows * thread / team, rows * (thread + 1) / team);
-    }
-  }
-
-private:
-  const RowTerms &args_;
-  const TermLoops loops_;
-  const bool raw_, normalised_;
-  const bool lean_; // KL or a mixture of two, and nothing else
-  Floats subset_;
-
-  float &stat(int which, int64_t r) const { return args_.stats[which * args_.n + r]; }
-  float coefficient(int which, int64_t r) const { return args_.coef[which * args_.n + r]; }
-  int64_t id(int64_t r, int64_t k) const { return args_.listed[r * args_.k + k]; }
-  bool absent(int64_t id) const { return id < 0 || id == args_.ignore_index; }
-
-  double score(double logit) const {
-    double z = logit * args_.scale, cap = args_.softcap;
-    return cap != 0 ? cap * std::tanh(z / cap) : z;
-  }
-
-  void run(int64_t begin, int64_t end) const {
-    Scratch scratch;
-    const bool keeps = normalised_ && args_.mode == kStats;
-    if (keeps) scratch.powers = floats(args_.v);
-    if (keeps || args_.value) scratch.teacher_powers = floats(args_.v);
-    if (args_.value) scratch.log_generated = floats(args_.v);
-    for (int64_t r = begin; r < end; ++r) row(r, scratch);
-  }
-
-  void row(int64_t r, Scratch &scratch) const;
-  bool find_listed(int64_t r, Scratch &scratch) const;
-  TermLine line_of(int64_t r, Scratch &scratch) const;
-  double generate(int64_t r, Scratch &scratch) const;
-  void find_tops(const TermLine &line, const Scratch &scratch, double &rest_top, double &top) const;
-  void statistics(int64_t r, TermLine &line, const Scratch &scratch) const;
-  void prepare_lean(TermLine &line) const;
-  bool lean_statistics(int64_t r, TermLine &line, const Scratch &scratch) const;
-  void write_term(int64_t r, const TermLine &line, const TermHalves &halves) const;
-  void gradient(int64_t r, TermLine &line, Scratch &scratch) const;
-};
 
 // False where an id is not a column.
 bool TermRows::find_listed(int64_t r, Scratch &scratch) const {
@@ -147,6 +30,7 @@ TermLine TermRows::line_of(int64_t r, Scratch &scratch) const {
   line.subset = subset_.get();
   line.listed = scratch.listed.data(), line.listed_count = int64_t(scratch.listed.size());
   line.powers = scratch.powers.get(), line.teacher_powers = scratch.teacher_powers.get();
+  line.slopes = scratch.slopes.get(), line.block_exponents = scratch.block_exponents.get();
   line.log_generated = scratch.log_generated.get();
   if (args_.dlogits) line.out = static_cast<char *>(args_.dlogits) + r * args_.ld_out * bytes_of(args_.dtype);
   line.v = args_.v, line.argmax = -1;
@@ -196,11 +80,6 @@ void TermRows::prepare_lean(TermLine &line) const {
   line.exponent_scale = float(args_.scale * warmth), line.exponent = float(line.ref * warmth);
   line.teacher_exponent = float(line.teacher_ref * warmth);
   line.rest_scale = float(args_.scale * kLog2eDouble), line.rest_exponent = float(line.rest_ref * kLog2eDouble);
-}
-
-// log2 of the power that the lean loops give a score of `top`.
-double top_exponent(float scale, float top, float logit_scale, float exponent) {
-  return double(scale) * (double(top) / logit_scale) - exponent;
 }
 
 // KL alone: one pass over the scores, two where it is small. False where only the general loops can tell.
@@ -313,7 +192,7 @@ void TermRows::write_term(int64_t r, const TermLine &line, const TermHalves &hal
 
 void TermRows::gradient(int64_t r, TermLine &line, Scratch &scratch) const {
   auto given = [&](int flag, int row) { // a term whose coefficient is 0 is not computed
-    const float value = line.want & flag ? coefficient(row, r) : 0.f;
+    const float value = line.want & flag ? coefficient(row, r, scratch) : 0.f;
     if (value == 0) line.want &= ~flag;
     return value;
   };
@@ -332,9 +211,9 @@ void TermRows::gradient(int64_t r, TermLine &line, Scratch &scratch) const {
   line.power = float(inverse_sum(logsum));
   line.teacher_power = line.log_generated ? 1.f : float(inverse_sum(teacher_logsum));
   line.shift = float((line.log_generated ? 0 : teacher_logsum) - logsum);
-  line.all = line.rest_of_all = coefficient(kCoefAll, r);
+  line.all = line.rest_of_all = coefficient(kCoefAll, r, scratch);
   if (line.subset_share != 0) line.subset_share = float(line.subset_share * inverse_sum(stat(kSubsetLogSum, r)));
-  const double rest = coefficient(kCoefRest, r), apart = double(line.ref) - line.rest_ref;
+  const double rest = coefficient(kCoefRest, r, scratch), apart = double(line.ref) - line.rest_ref;
   if (rest != 0 && rest_logsum != -kInf) {
     line.rest = float(rest * inverse_sum(rest_logsum));
     line.shares_rest = apart <= kSharedRest && line.inverse == 1;
@@ -344,7 +223,7 @@ void TermRows::gradient(int64_t r, TermLine &line, Scratch &scratch) const {
   for (int64_t k = 0; k < args_.k; ++k) {
     if (absent(id(r, k))) continue;
     auto place = std::lower_bound(scratch.listed.begin(), scratch.listed.end(), id(r, k)) - scratch.listed.begin();
-    scratch.coefficients[place] += coefficient(kCoefListed + int(k), r);
+    scratch.coefficients[place] += coefficient(kCoefListed + int(k), r, scratch);
   }
   const bool lean_term = line.term == kKl || (line.term == kMixture && line.proportional);
   const bool finite_scores = std::fabs(line.ref) < kLargestLean && std::fabs(line.teacher_ref) < kLargestLean;
@@ -362,18 +241,23 @@ void TermRows::gradient(int64_t r, TermLine &line, Scratch &scratch) const {
 
 void TermRows::row(int64_t r, Scratch &scratch) const {
   const bool good = find_listed(r, scratch), ignored = args_.k > 0 && id(r, 0) == args_.ignore_index;
-  TermLine line = line_of(r, scratch);
-  if (args_.mode == kStats) {
+  if (args_.mode != kGradient) {
     for (int i = 0; i < kListedScores + int(args_.k); ++i) stat(i, r) = 0;
     if (args_.want & kArgmax) args_.argmax[r] = -1;
   }
+  TermLine line = line_of(r, scratch);
   if (ignored || (!good && args_.mode == kGradient)) {
-    if (args_.mode == kGradient) fill(line.out, args_.dtype, args_.v, ignored ? 0.f : float(kNan));
+    if (args_.mode != kStats) fill(line.out, args_.dtype, args_.v, ignored ? 0.f : float(kNan));
     return;
   }
   if (line.log_generated) scratch.log_denominator = generate(r, scratch);
+  if (args_.mode == kBoth) return both(r, good, line, scratch);
   if (args_.mode == kGradient) return gradient(r, line, scratch);
   statistics(r, line, scratch);
+  write_listed(r, line);
+}
+
+void TermRows::write_listed(int64_t r, const TermLine &line) const {
   for (int64_t k = 0; k < args_.k; ++k) {
     const int64_t column = id(r, k);
     stat(kListedScores + int(k), r) = absent(column) ? -kInfinity

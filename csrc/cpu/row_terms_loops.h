@@ -3,9 +3,13 @@
 #include "../row_terms.h"
 #include "cpu.h"
 #include "simd.h"
+#include "simd_log.h"
 
 namespace fastloss {
 namespace {
+
+// The lean and the kept loops take scores up to here.
+constexpr float kLargestLean = 1e6f;
 
 // A row of logits or of a teacher's scores; z = softcap * tanh(scale * value / softcap).
 struct Scores {
@@ -32,11 +36,12 @@ struct TermHalves {
 
 // One row, as the loops need it.
 struct TermLine {
-  Scores logits, teacher;         // no teacher: null
-  const float *subset;            // [v] 1 inside, 0 outside
-  const int64_t *listed;          // distinct columns, ascending
-  float *powers, *teacher_powers; // [v] kept from the first pass for the second (generated: q itself)
-  const float *log_generated;     // [v] log q of probabilities that are generated, or null
+  Scores logits, teacher;          // no teacher: null
+  const float *subset;             // [v] 1 inside, 0 outside
+  const int64_t *listed;           // distinct columns, ascending
+  float *powers, *teacher_powers;  // [v] kept from the first pass for the second (generated: q itself)
+  float *slopes, *block_exponents; // of the kept loops: [v], and two references a block
+  const float *log_generated;      // [v] log q of probabilities that are generated, or null
   void *out;
   int64_t v, listed_count, argmax;
   int want, term;
@@ -46,7 +51,8 @@ struct TermLine {
   float power, teacher_power;   // p = power * e^..., q = teacher_power * e^...
   float a, b, beta;
   float exponent_scale, exponent, teacher_exponent, rest_scale, rest_exponent;
-  float lean_power, lean_teacher_power, lean_shift; // power, teacher_power and shift for the lean loops
+  float lean_power, lean_teacher_power, lean_shift;      // power, teacher_power and shift for the lean loops
+  double kept_power, kept_other, kept_rest, kept_listed; // of the kept loops: factors of the gradient
   float rest, rest_of_all, all, all_z, all_t, teacher_share, slope, subset_share, column, linear, arg;
 };
 
@@ -55,6 +61,23 @@ struct LeanSums {
   double powers = 0, teacher_powers = 0, rest = 0, forward = 0, reverse = 0;
 };
 enum LeanKind : int { kLeanForward, kLeanGeneral, kLeanMixture };
+
+// Of the kept loops: sums of powers relative to the references of the row, and sum q (log2 q - log2 p), reverse: sum p
+// (...).
+struct KeptSums {
+  double powers = 0, teacher_powers = 0, rest = 0, gap = 0;
+};
+struct MixtureSums {
+  double of_student = 0, of_teacher = 0; // sum p log(p / m), sum q log(p / m)
+};
+enum KeptKind : int { kKeptForward, kKeptReverse, kKeptMixture };
+
+struct KeptLoops {
+  bool (*keep[3])(TermLine &, KeptSums &); // by kind
+  MixtureSums (*mix)(const TermLine &);
+  TermHalves (*mix_exactly)(const TermLine &);
+  void (*write[3])(const TermLine &);
+};
 
 struct TermLoops;
 
@@ -78,6 +101,7 @@ struct TermLoops {
   TermHalves (*halves_of_mixture)(const TermLine &, const TermLoops &);
   void (*gradient)(const TermLine &, const TermLoops &, const float *listed_coefficients);
   LeanLoops lean;
+  KeptLoops kept;
 };
 
 } // namespace

@@ -59,7 +59,7 @@ constexpr float kLn2Float = 0x1.62e43p-1f;
 
 // ---- The words. maximum(a, b) is b when either is NaN. `stream_pair` writes 2 * kWidth values past the cache, to an
 // address aligned to their size or to 64 bytes. `scaled(z, c, k)` is z * c - k rounded once. log1p takes (-1, 1] and is
-// off by 2 units at most.
+// off by 2 units at most; log_near_one(t, x) is log t of a normal t whose x = t - 1 has digits that t has lost.
 
 namespace scalar {
 #define FASTLOSS_WORD static inline
@@ -97,6 +97,9 @@ FASTLOSS_WORD Vector exp2(Vector t) {
 }
 FASTLOSS_WORD Vector tanh(Vector x) { return {std::tanh(x.value)}; }
 FASTLOSS_WORD Vector log1p(Vector x) { return {std::log1p(x.value)}; }
+FASTLOSS_WORD Vector log_near_one(Vector t, Vector x) {
+  return {std::fabs(x.value) < 0.25f ? std::log1p(x.value) : std::log(t.value)};
+}
 FASTLOSS_WORD Vector absolute(Vector a) { return {std::fabs(a.value)}; }
 #undef FASTLOSS_WORD
 } // namespace scalar
@@ -187,8 +190,8 @@ FASTLOSS_WORD Vector tanh(Vector x) {
   return where_less(size, set(kTanhSmall), small, large);
 }
 FASTLOSS_WORD Vector absolute(Vector a) { return _mm256_andnot_ps(set(-0.f), a); }
-FASTLOSS_WORD Vector log1p(Vector x) {
-  __m256i bits = _mm256_castps_si256(add(set(1.f), x));
+FASTLOSS_WORD Vector log_near_one(Vector t, Vector x) {
+  __m256i bits = _mm256_castps_si256(t);
   __m256i whole = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(kHalfRoot)), 23);
   Vector part = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(whole, 23)));
   Vector exponent = _mm256_cvtepi32_ps(whole), near_one = _mm256_cmp_ps(exponent, set(0.f), _CMP_EQ_OQ);
@@ -198,6 +201,7 @@ FASTLOSS_WORD Vector log1p(Vector x) {
   p = multiply_add(exponent, set(kLn2Float), p);
   return _mm256_blendv_ps(p, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
+FASTLOSS_WORD Vector log1p(Vector x) { return log_near_one(add(set(1.f), x), x); }
 #undef FASTLOSS_WORD
 } // namespace avx2
 
@@ -273,8 +277,8 @@ FASTLOSS_WORD Vector tanh(Vector x) {
   return where_less(size, set(kTanhSmall), small, large);
 }
 FASTLOSS_WORD Vector absolute(Vector a) { return _mm512_abs_ps(a); }
-FASTLOSS_WORD Vector log1p(Vector x) {
-  __m512i bits = _mm512_castps_si512(add(set(1.f), x));
+FASTLOSS_WORD Vector log_near_one(Vector t, Vector x) {
+  __m512i bits = _mm512_castps_si512(t);
   __m512i whole = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(kHalfRoot)), 23);
   Vector part = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(whole, 23)));
   __mmask16 near_one = _mm512_testn_epi32_mask(whole, whole);
@@ -285,6 +289,7 @@ FASTLOSS_WORD Vector log1p(Vector x) {
   p = multiply_add(_mm512_cvtepi32_ps(whole), set(kLn2Float), p);
   return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
 }
+FASTLOSS_WORD Vector log1p(Vector x) { return log_near_one(add(set(1.f), x), x); }
 #undef FASTLOSS_WORD
 } // namespace avx512_common
 

@@ -52,7 +52,7 @@ class RowTerms:
         self, *, logits: int, listed: int, teacher: int, value: int, subset: int, temperature: int, coef: int, stats: int,
         argmax: int, dlogits: int, n: int, v: int, k: int, ld: int, ld_teacher: int, ld_out: int, ignore_index: int,
         dtype: int, teacher_dtype: int, mode: int, want: int, term: int, scale: float, softcap: float, a: float, b: float,
-        c: float,
+        c: float, nll_share: float = 0, term_share: float = 0,
     ) -> None: ...  # fmt: skip
 
 def add_product_why_not(isa: int) -> str | None: ...

@@ -77,7 +77,7 @@ def _launch_terms(logits: Tensor, /, **fields: Any) -> None:
 
 
 terms = CompiledTerms(_launch_terms, lambda x: kept_memory.empty(x.shape, x.dtype))
-register_terms("cpp", terms, _missing, check_listed)
+register_terms("cpp", terms, _missing, check_listed, both=True)
 
 
 def why_not_head(

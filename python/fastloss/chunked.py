@@ -31,10 +31,13 @@ class RowKernels(NamedTuple):
     cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def chunk_rows(x: Tensor, w: Tensor, max_extra_bytes: int) -> int:
-    """Rows of a chunk: by count of rows, never by the shape of the head; at most `max_extra_bytes` of logits (0: no limit)."""
+def chunk_rows(x: Tensor, w: Tensor, max_extra_bytes: int, rows: int = 0) -> int:
+    """Rows of a chunk: by count of rows, never by the shape of the head; at most `max_extra_bytes` of logits (0: no limit).
+
+    rows: the count to use, 0 for that of the device.
+    """
     n, v = x.shape[0], max(1, w.shape[0])
-    rows = CHUNK_ROWS.get(x.device.type, CHUNK_ROWS["cpu"])
+    rows = rows or CHUNK_ROWS.get(x.device.type, CHUNK_ROWS["cpu"])
     if max_extra_bytes:
         rows = min(rows, max(1, max_extra_bytes // (v * x.element_size())))
     chunks = max(1, -(-n // rows))

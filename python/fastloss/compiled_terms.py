@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import DTYPES, GRADIENT, STATS, check_rows, pointer
+from .compiled import BOTH, DTYPES, GRADIENT, STATS, check_rows, pointer
 from .contract import Term, TermCoef, TermStat, Want
 from .reference_terms import RAW
 from .registry import kernel
@@ -68,7 +68,7 @@ class CompiledTerms:
         self, mode: int, logits: Tensor, listed: Tensor | None, teacher: Tensor | None, value: Tensor | None,
         subset: Tensor | None, temperature: Tensor | None, ignore_index: int, want: int, scale: float, softcap: float,
         term: int, a: float, b: float, c: float, *, coef: Tensor | None, stats: Tensor, argmax: Tensor,
-        dlogits: Tensor | None,
+        dlogits: Tensor | None, **shares: float,
     ) -> None:  # fmt: skip
         _check(logits, listed, teacher, value, subset, temperature, want, term)
         (n, v), f32 = logits.shape, torch.float32
@@ -85,7 +85,7 @@ class CompiledTerms:
             ld=logits.stride(0), ld_teacher=0 if teacher is None or shared else teacher.stride(0),
             ld_out=0 if dlogits is None else dlogits.stride(0), ignore_index=ignore_index, dtype=DTYPES[logits.dtype],
             teacher_dtype=0 if teacher is None else DTYPES[teacher.dtype], mode=mode, want=int(want), term=int(term),
-            scale=scale, softcap=softcap, a=a, b=b, c=c,
+            scale=scale, softcap=softcap, a=a, b=b, c=c, **shares,
         )  # fmt: skip
 
     def row_terms(self, logits: Tensor, listed: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -117,15 +117,34 @@ class CompiledTerms:
         """The gradient over the logits themselves."""
         return self.row_terms_backward(coef, stats, argmax, logits, *a, out=logits)
 
+    def row_terms_both_in_place(
+        self, logits: Tensor, listed: Tensor | None, *args: Any, nll_share: float, term_share: float
+    ) -> Tensor:
+        """Statistics; over the logits, the gradient of the sum over rows of nll_share (-log p_y) + term_share term.
+
+        y is the row's only listed column. The maxima of `stats` may be any score of the row that is near its largest,
+        with the log sums relative to it; at a temperature, with nll_share 0, the log sum of the rest may be missing.
+        """
+        k, want = 0 if listed is None else listed.shape[-1], args[5]
+        if nll_share and k != 1:
+            raise ValueError(f"nll_share needs one listed column a row, the target; got {k}")
+        stats = torch.empty(TermStat.LISTED + k, logits.shape[0], dtype=torch.float32, device=logits.device)
+        argmax = torch.empty(logits.shape[0] if want & Want.ARGMAX else 0, dtype=torch.int64, device=logits.device)
+        self._call(
+            BOTH, logits, listed, *args, coef=None, stats=stats, argmax=argmax, dlogits=logits, nll_share=nll_share,
+            term_share=term_share,
+        )  # fmt: skip
+        return stats
+
 
 def register_terms(
     backend: str, terms: CompiledTerms, missing: Callable[[Tensor], str | None],
-    check: Callable[[Tensor | None, int, int], None], most_listed: int | None = None,
+    check: Callable[[Tensor | None, int, int], None], most_listed: int | None = None, both: bool = False,
 ) -> None:  # fmt: skip
     """Register `row_terms` and its backward as `backend`, for up to `most_listed` listed columns a row.
 
     missing(x): why nothing of this backend can run on x, or None. check(listed, columns, ignore_index): raises for ids
-    beyond the columns where that costs no synchronisation.
+    beyond the columns where that costs no synchronisation. both: the launcher knows the mode BOTH.
     """
 
     def why_not(
@@ -145,3 +164,12 @@ def register_terms(
         ("row_terms_backward_", terms.row_terms_backward_in_place),  # no op of torch: linear_terms.py asks for it
     ):
         kernel(op, backend, lambda coef, stats, argmax, *a: why_not(*a))(function)
+    if not both:
+        return
+
+    def row_terms_both(logits: Tensor, listed: Tensor | None, *args: Any) -> Tensor:
+        *operands, nll_share, term_share = args
+        check(listed, logits.shape[1], operands[4])
+        return terms.row_terms_both_in_place(logits, listed, *operands, nll_share=nll_share, term_share=term_share)
+
+    kernel("row_terms_both_", backend, why_not)(row_terms_both)  # no op of torch, either

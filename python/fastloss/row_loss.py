@@ -137,7 +137,7 @@ def linear_row_loss(
             fused = margin_loss.on_head(h.x, h.w, h.bias, h.row[0], margin)
             if fused is not None:
                 return fused
-        call = Call(rows, reduction, limit)
+        call = Call(rows, reduction, limit, catalogue.combination(loss, own))
         family = RowFamily(*h.row, h.options, call) if h.asked is None else TermFamily(h.asked, call)
         return separable_loss(h.x, h.w, h.bias, family)
     check_grad_weight(grad_weight, linear_weight)

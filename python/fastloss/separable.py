@@ -17,7 +17,7 @@ from .autograd import Options, _differentiate, forward_mode_active, functorch_ac
 from .autograd_terms import TermOperands
 from .chunked import Chunked, RowKernels
 from .contract import Needs
-from .fused import denominator
+from .fused import denominator, direct
 from .statistics import RowStats, coefficients, largest, pack
 from .term_statistics import term_coefficients
 from .wide import Asked
@@ -39,6 +39,7 @@ class Call(NamedTuple):
     loss: Rows
     reduction: str
     limit: int
+    combination: tuple[float, float] | None = None  # the loss is this times (-log p of the target, term)
 
 
 class Family(Protocol):
@@ -141,6 +142,16 @@ class TermFamily(NamedTuple):
         """(loss, dx, dw, dbias), chunk by chunk."""
         o, loss = self.asked.options, self.call.loss
         share = _share(self._target, x, o.ignore_index, self.call.reduction)
+        head, call = self.asked.head, self.call
+        if call.combination is not None and x.device.type == "cpu":
+            shares = [float(share) * factor for factor in call.combination]
+            if linear_terms.can_fuse(x, self.asked.operands, head, o, shares[0]):
+                stats, *gradients = linear_terms.fused(
+                    x, w, bias, self.asked.operands, head, o, needs, call.limit, *shares
+                )
+                nothing = stats.new_empty(0)
+                s = self._named(self.asked.operands, stats, nothing, nothing)
+                return _sum(s, loss) * share, *gradients  # type: ignore[return-value]
 
         def chunk(stats: Tensor, argmax: Tensor, rows: TermOperands) -> tuple[Tensor, Tensor]:
             def named(table: Tensor, top: Tensor) -> RowStats:
@@ -149,10 +160,7 @@ class TermFamily(NamedTuple):
             value, g, g_top = _differentiated(loss, share, stats, autograd_terms.largest(stats, o.want), named)
             return value, term_coefficients(g, g_top, stats, rows.temperature, o.want, o.term)
 
-        head = self.asked.head
-        total, dx, dw, db = linear_terms.separable(
-            x, w, bias, self.asked.operands, head, o, needs, self.call.limit, chunk
-        )
+        total, dx, dw, db = linear_terms.separable(x, w, bias, self.asked.operands, head, o, needs, call.limit, chunk)
         return _mean_of_none(total, share), dx, dw, db
 
     def recompute(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,7 +191,10 @@ class _Separable(torch.autograd.Function):
             (dw, w, Needs.WEIGHT),
             (db, w if bias is None else bias, Needs.BIAS),
         ):
-            new = d * g if keeps_graph() or g.device.type == "cuda" else d.mul_(g)
+            if keeps_graph() or g.device.type == "cuda":
+                new = d * g
+            else:  # the gradient that was made is one for an upstream gradient of 1
+                new = d if direct(g, d) and g.item() == 1 else d.mul_(g)
             grads.append(new.to(like.dtype) if ctx.needs & flag else None)
         return *grads, None, None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Statistics = tuple[str, ...] | Callable[..., tuple[str, ...]]
@@ -28,6 +29,7 @@ class Entry:
     rows: bool
     temperature: Temperature
     engine: Callable[..., Mapping[str, Any]] | None = None
+    combination: Callable[..., tuple[float, float]] | None = None
     accepted: tuple[str, ...] = field(init=False)  # names of the parameters after the statistics
     _defaults: tuple[tuple[str, Any], ...] = field(init=False)
 
@@ -74,18 +76,25 @@ def _register(entry: Entry) -> None:
 def row(
     *, formula: str, gradient: str, source: str, statistics: Statistics = (), temperature: Temperature = None,
     published: str = "", engine: Callable[..., Mapping[str, Any]] | None = None,
+    combination: Callable[..., tuple[float, float]] | None = None,
 ) -> Callable[[Function], Function]:  # fmt: skip
     """Register a row loss: a function of `RowStats` (first argument) and keyword parameters, one value a row.
 
     statistics: the names to ask `row_stats` for besides the target logit and the LSE of the rest; a function of the
     loss's keyword parameters where they depend on them. temperature: that of the statistics: the name of the parameter
     that is it, a number, or a function of the keyword parameters. engine: from the keyword parameters, further arguments
-    of `row_stats` (a term). published: what the published code gets wrong and what is done here instead.
+    of `row_stats` (a term). combination: from the keyword parameters, the numbers (A, B) of a loss that is A (-log p_y) +
+    B term, so that its gradient can be made right after the term. published: what the published code gets wrong and what
+    is done here instead.
     """
 
     def register(function: Function) -> Function:
         name = function.__name__
-        _register(Entry(name, function, formula, gradient, source, published, statistics, True, temperature, engine))
+        _register(
+            Entry(
+                name, function, formula, gradient, source, published, statistics, True, temperature, engine, combination
+            )
+        )
         return function
 
     return register
@@ -107,6 +116,14 @@ def entry(
 def find(function: Callable[..., Any]) -> Entry | None:
     """The entry of a registered function, or None: a user's own."""
     return _by_function.get(function)
+
+
+def combination(loss: Callable[..., Any], own: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(A, B) of a registered loss A (-log p_y) + B term with these arguments; None for any other loss."""
+    known = find(loss)
+    if known is None or known.combination is None or any(isinstance(value, Tensor) for value in own.values()):
+        return None
+    return known.combination(**{**known.defaults, **own})
 
 
 def entries() -> tuple[Entry, ...]:

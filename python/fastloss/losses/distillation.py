@@ -23,12 +23,18 @@ def _term(make: Any, *names: str) -> Any:
     return lambda **parameters: {"term": make(**{name: parameters[name] for name in names})}
 
 
+def _tempered(*, temperature: float, **_: Any) -> tuple[float, float]:
+    """A loss that is T^2 times its term."""
+    return 0.0, temperature**2
+
+
 @catalogue.row(
     formula="T^2 sum_j q_j (log q_j - log p_j)",
     gradient="T (p_j - q_j)",
     source="Hinton et al. 2015; Sharpness-Aware Training for Free (SAF, MESA: the teacher is the model's own past)",
     temperature="temperature",
     engine=_term(terms.kl),
+    combination=_tempered,
     published=_PUBLISHED,
 )
 def forward_kl(stats: WideRowStats, *, temperature: float = 1.0) -> Tensor:
@@ -46,6 +52,7 @@ def forward_kl(stats: WideRowStats, *, temperature: float = 1.0) -> Tensor:
     source="Gu et al. 2024, MiniLLM: Knowledge Distillation of Large Language Models",
     temperature="temperature",
     engine=lambda **_: {"term": terms.kl(0.0, 1.0)},
+    combination=_tempered,
     published=_PUBLISHED,
 )
 def reverse_kl(stats: WideRowStats, *, temperature: float = 1.0) -> Tensor:
@@ -59,6 +66,7 @@ def reverse_kl(stats: WideRowStats, *, temperature: float = 1.0) -> Tensor:
     source="Taming Sparsely Activated Transformer with Stochastic Experts (THOR: w = 1/2 between two experts)",
     temperature="temperature",
     engine=lambda weight, **_: {"term": terms.kl(weight, 1 - weight)},
+    combination=_tempered,
     published=_PUBLISHED,
 )
 def symmetric_kl(stats: WideRowStats, *, weight: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -72,6 +80,7 @@ def symmetric_kl(stats: WideRowStats, *, weight: float = 0.5, temperature: float
     source="Agarwal et al. 2024, On-Policy Distillation of Language Models (generalised JSD)",
     temperature="temperature",
     engine=lambda beta, **_: {"term": terms.jensen_shannon(beta)},
+    combination=_tempered,
     published="the mixture in probability space underflows; here log m by logaddexp",
 )
 def jensen_shannon(stats: WideRowStats, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -85,6 +94,7 @@ def jensen_shannon(stats: WideRowStats, *, beta: float = 0.5, temperature: float
     source="Ko et al. 2024, DistiLLM: Towards Streamlined Distillation for Large Language Models",
     temperature="temperature",
     engine=lambda lam, **_: {"term": terms.mixture(1.0, 0.0, lam)},
+    combination=_tempered,
 )
 def skewed_kl(stats: WideRowStats, *, lam: float = 0.1, temperature: float = 1.0) -> Tensor:
     """T^2 KL(q, m) with m = lam q + (1 - lam) p: bounded where the student misses the teacher's mass."""
@@ -97,6 +107,7 @@ def skewed_kl(stats: WideRowStats, *, lam: float = 0.1, temperature: float = 1.0
     source="Ko et al. 2024, DistiLLM: Towards Streamlined Distillation for Large Language Models",
     temperature="temperature",
     engine=lambda lam, **_: {"term": terms.mixture(0.0, 1.0, 1 - lam)},
+    combination=_tempered,
 )
 def skewed_reverse_kl(stats: WideRowStats, *, lam: float = 0.1, temperature: float = 1.0) -> Tensor:
     """T^2 KL(p, m) with m = lam p + (1 - lam) q."""
@@ -109,6 +120,7 @@ def skewed_reverse_kl(stats: WideRowStats, *, lam: float = 0.1, temperature: flo
     source="Wen et al. 2023, f-Divergence Minimization for Sequence-Level Knowledge Distillation",
     temperature="temperature",
     engine=_term(terms.total_variation),
+    combination=lambda **_: (0.0, 1.0),
 )
 def total_variation(stats: WideRowStats, *, temperature: float = 1.0) -> Tensor:
     """The total variation distance of student and teacher, in [0, 1]."""
@@ -121,6 +133,7 @@ def total_variation(stats: WideRowStats, *, temperature: float = 1.0) -> Tensor:
     source="Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
     temperature="temperature",
     engine=_term(terms.log_cosh),
+    combination=_tempered,
     published="BinaryKLNorm's clamp at 1e-8 does nothing in fp32: inf for |s - t| / T > 17; here linear there",
 )
 def log_cosh(stats: WideRowStats, *, temperature: float = 2.0) -> Tensor:
@@ -161,6 +174,7 @@ def mean_teacher_cross_entropy(stats: WideRowStats, *, alpha: float = 0.5) -> Te
     source="Hinton et al. 2015, Distilling the Knowledge in a Neural Network; BPKD (rows of boundary or body pixels)",
     temperature="temperature",
     engine=_term(terms.kl),
+    combination=lambda alpha, temperature: (1 - alpha, alpha * temperature**2),
 )
 def knowledge_distillation(stats: WideRowStats, *, alpha: float = 0.5, temperature: float = 1.0) -> Tensor:
     """(1 - alpha) cross entropy with the target + alpha T^2 KL(q, p): one pass over student and teacher for both.
@@ -177,6 +191,7 @@ def knowledge_distillation(stats: WideRowStats, *, alpha: float = 0.5, temperatu
     source="Multi-aspect Knowledge Distillation with Large Language Model (BCE of aspects, beside CE of classes)",
     temperature="temperature",
     engine=lambda teacher_logits, **_: {"term": terms.binary_cross_entropy(logits=teacher_logits)},
+    combination=lambda **_: (0.0, 1.0),
 )
 def binary_distillation(stats: WideRowStats, *, teacher_logits: bool = True, temperature: float = 1.0) -> Tensor:
     """Binary cross entropy of every column with the teacher's probability of it, summed over the columns.
