@@ -144,7 +144,10 @@ def test_gate_command(tmp_path: Path) -> None:
 
 
 def test_every_ceiling_names_a_group_that_is_measured() -> None:
-    script = "import test_cross_entropy as c, test_linear_cross_entropy as l; print(c.SHAPES, l.SHAPES)"
+    script = (
+        "import test_cross_entropy as c, test_linear_cross_entropy as l, test_margin as m;"
+        "print(c.SHAPES, l.SHAPES, m.LOGITS, m.HEAD)"
+    )
     shapes = python("-c", script, PYTHONPATH="bench", FASTLOSS_BENCH_DEVICE="cpu", FASTLOSS_BENCH_TINY="0").stdout
     for name in json.loads(gate.CEILINGS.read_text())["cpu"]:
         _, _, dtype, shape, inputs = name.split()
