@@ -106,47 +106,9 @@ struct TermLoops {
 
 } // namespace
 
-namespace scalar {
-namespace {
-#define FASTLOSS_LOOP static
-#define FASTLOSS_INLINE static inline
-#include "row_terms.inc"
-#undef FASTLOSS_LOOP
-#undef FASTLOSS_INLINE
-} // namespace
-} // namespace scalar
-
-#ifdef __x86_64__
-#define FASTLOSS_LOOP static __attribute__((target(FASTLOSS_TARGET)))
-#define FASTLOSS_INLINE static inline __attribute__((target(FASTLOSS_TARGET), always_inline))
-
-namespace avx2 {
-namespace {
-#define FASTLOSS_TARGET "avx2,fma,f16c"
-#include "row_terms.inc"
-#undef FASTLOSS_TARGET
-} // namespace
-} // namespace avx2
-
-namespace avx512 {
-namespace {
-#define FASTLOSS_TARGET "avx512f,avx512bw,avx512dq,avx512vl"
-#include "row_terms.inc"
-#undef FASTLOSS_TARGET
-} // namespace
-} // namespace avx512
-
-namespace avx512bf16 {
-namespace {
-#define FASTLOSS_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
-#include "row_terms.inc"
-#undef FASTLOSS_TARGET
-} // namespace
-} // namespace avx512bf16
-
-#undef FASTLOSS_LOOP
-#undef FASTLOSS_INLINE
-#endif
+#define FASTLOSS_LOOPS "row_terms.inc"
+#include "each_isa.inc"
+#undef FASTLOSS_LOOPS
 
 namespace {
 
