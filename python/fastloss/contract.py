@@ -154,3 +154,69 @@ class RegionCoef(IntEnum):
 
 
 NUM_REGION_STATS, NUM_REGION_COEFS = len(RegionStat), len(RegionCoef)
+
+
+class PairWant(IntFlag):
+    """Statistics of pairs that are computed only when asked for."""
+
+    NOTHING = 0
+    COLUMNS = 1
+    MEAN = 2
+    SECOND = 4
+
+
+class PairNeeds(IntFlag):
+    """Gradients that a pair op has to make."""
+
+    NOTHING = 0
+    Q = 1
+    K = 2
+    ROW_SCALE = 4
+    COLUMN_SCALE = 8
+
+
+class PairStat(IntEnum):
+    """Rows of the tables [9, M] of the rows and [7, N] of the columns of `pair_stats`."""
+
+    NEG_MAX = 0
+    NEG_LOGSUM = 1
+    POS_MAX = 2
+    POS_LOGSUM = 3
+    POS_SUM = 4
+    NEG_COUNT = 5
+    POS_COUNT = 6
+    NEG_MEAN = 7
+    NEG_SECOND = 8
+
+
+class PairFunction(IntEnum):
+    """phi of `pair_map`."""
+
+    SOFTPLUS = 0
+    HINGE = 1
+    SQUARED_HINGE = 2
+    SIGMOID = 3
+
+
+class PairMapStat(IntEnum):
+    """Rows of the table [8, M] of `pair_map`."""
+
+    NEG = 0
+    POS = 1
+    NEG_SLOPE = 2
+    POS_SLOPE = 3
+    NEG_ACTIVE = 4
+    POS_ACTIVE = 5
+    NEG_COUNT = 6
+    POS_COUNT = 7
+
+
+class PairClasses(IntFlag):
+    """Which pairs `row_topk` ranks."""
+
+    NEGATIVE = 1
+    POSITIVE = 2
+    BOTH = 3
+
+
+NUM_PAIR_STATS, NUM_PAIR_COLUMN_STATS, NUM_PAIR_MAP_STATS = len(PairStat), int(PairStat.NEG_MEAN), len(PairMapStat)

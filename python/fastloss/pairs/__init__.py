@@ -1,0 +1,1 @@
+"""The pairs engine: statistics of S = q kᵀ that is never stored."""

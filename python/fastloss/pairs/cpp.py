@@ -1,0 +1,1 @@
+"""The pair kernels of the `cpp` backend."""

@@ -1,0 +1,1 @@
+"""The pair kernels of the `triton` backend."""
