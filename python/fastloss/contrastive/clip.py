@@ -23,7 +23,7 @@ def clip_loss(
     q: Tensor, k: Tensor, scale: Temperature, *, normalize: bool = False, label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
-    """The symmetric InfoNCE of CLIP: L_i = (nll_i + nll'_i) / 2, nll_i = lse_j(s <q_i, k_j>) - s <q_i, k_i>, nll' over the columns.
+    """The symmetric InfoNCE of CLIP: L_i = (nll_i + nll'_i) / 2, nll_i = lse_j(s <q_i, k_j>) - s <q_i, k_i>, nll' of the columns.
 
     Args:
         q, k: embeddings [B, D], as they are (open_clip's rule) or divided by their norms (`normalize`).

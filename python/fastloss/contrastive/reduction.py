@@ -14,8 +14,8 @@ def check_reduction(reduction: str) -> None:
 
 
 def reduce(values: Tensor, reduction: str, valid: Tensor | None = None) -> Tensor:
-    """`values` [...] by "mean" (over all rows, those that are not valid count 0), "mean_valid" (over the valid ones; 0 where there
-    is none), "sum", or "none". What is not valid is 0 in all of them and has no gradient; valid None: all are."""
+    """`values` [...] by "mean" (over all rows, those that are not valid count 0), "mean_valid" (over the valid ones; 0 where
+    there is none), "sum", or "none". What is not valid is 0 in all of them and has no gradient; valid None: all are."""
     check_reduction(reduction)
     if valid is not None:
         values = values.masked_fill(~valid, 0.0)
