@@ -118,9 +118,11 @@ class MultipleNegativesRankingLoss(nn.Module):
         queries, docs = keys[0], torch.cat(keys[1:])
         own = Diagonal(place().rank * len(query) if self.gather_across_devices else 0)
         row_of = torch.arange(len(queries), device=query.device)
-        same_row = SameId(row_of[own.offsets[0] :][: len(query)], row_of.repeat(len(own_docs)))
+        own_rows = row_of[own.offsets[0] :][: len(query)]
+        same_row = SameId(own_rows, row_of.repeat(len(own_docs)))
+        hard = SameId(own_rows, torch.cat((torch.full_like(row_of, -1), row_of.repeat(len(own_docs) - 1))))
 
-        positive, negative, other_queries = self._query_to_doc(query, docs, own_docs, own, same_row)
+        positive, negative, other_queries = self._query_to_doc(query, docs, own_docs, own, hard)
         options: dict[str, Any] = {"scale": self.scale, "normalize": self.normalize, "columns": False}
         if "doc_to_query" in self.directions:
             if other_queries is None:
@@ -138,7 +140,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         return softplus(negative - positive).mean()
 
     def _query_to_doc(
-        self, query: Tensor, docs: Tensor, own_docs: list[Tensor], own: Diagonal, same_row: SameId
+        self, query: Tensor, docs: Tensor, own_docs: list[Tensor], own: Diagonal, hard: SameId
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(logit of the positive, log-sum-exp of the other documents, and where one matrix serves both directions that of a
         positive's other queries), [B] each."""
@@ -147,9 +149,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         # a row's own hard negatives are added one by one where only they have, or have not, the penalty
         split = len(own_docs) > 1 and mode in ("in_batch_negatives", "hard_negatives")
         if split:
-            hard = same_row.columns.clone()
-            hard[: len(docs) // len(own_docs)] = -1
-            options["excluded"] = SameId(same_row.rows, hard)
+            options["excluded"] = hard
         penalty = self.hardness_strength if mode in ("in_batch_negatives", "all_negatives") else 0.0
         # without a penalty, the first columns of this matrix are the rows of doc_to_query, if their queries are all here
         both = "doc_to_query" in self.directions and len(docs) == len(query) * len(own_docs) and not penalty
