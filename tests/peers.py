@@ -1,7 +1,7 @@
 """The libraries that fastloss.compat stands in for, and what it takes to compare with them.
 
-Only the files of their losses are executed: what their packages import on the way (vision models, tokenizers) is not needed, so
-`pip install --no-deps` of the extra `peers` is enough.
+Only the files of their losses are executed: what their packages import on the way (vision models, tokenizers) is not
+needed, so `pip install --no-deps` of the extra `peers` is enough.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _modules_restored(*packages: str) -> Iterator[None]:
 
 
 def module_of(name: str, stand_ins: dict[str, dict[str, Any]] | None = None) -> types.ModuleType:
-    """A module of a package none of whose `__init__` files run; `stand_ins` are modules that hold these names instead of
-    theirs. Skips the test where the package is not installed."""
+    """A module of a package none of whose `__init__` files run; `stand_ins` are modules that hold these names instead
+    of theirs. Skips the test where the package is not installed."""
     package = name.split(".")[0]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import check_same, embeddings, largest_saved, module_of
 
 from fastloss.compat.sentence_transformers import GISTEmbedLoss
+from peers import check_same, embeddings, largest_saved, module_of
 
 
 def cosine(a, b):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import check_same, embeddings, largest_saved, module_of
-from tolerance import check_gradient
 
 from fastloss.compat.lightly import DCLLoss, DCLWLoss, NTXentLoss, negative_mises_fisher_weights
+from peers import check_same, embeddings, largest_saved, module_of
+from tolerance import check_gradient
 
 STAND_INS = {"lightly.models.utils": {"concat_all_gather": None}}
 

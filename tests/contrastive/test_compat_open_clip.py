@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import check_same, embeddings, largest_saved, module_of
-from tolerance import check_gradient
 
 from fastloss.compat.open_clip import ClipLoss, SigLipLoss
+from peers import check_same, embeddings, largest_saved, module_of
+from tolerance import check_gradient
 
 
 def dense_clip(image, text, scale, bias=None):

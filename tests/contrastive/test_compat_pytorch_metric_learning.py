@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import check_same, embeddings, largest_saved
-from tolerance import check_gradient
 
 from fastloss.compat.pytorch_metric_learning import NTXentLoss, SupConLoss, ThresholdConsistentMarginLoss
+from peers import check_same, embeddings, largest_saved
+from tolerance import check_gradient
 
 LOSSES = [NTXentLoss, SupConLoss, ThresholdConsistentMarginLoss]
 
@@ -114,7 +114,6 @@ def test_mined_pairs_and_their_repetitions():
     x = embeddings(6, 3)
     pairs = tuple(torch.tensor(i) for i in ([0, 0, 2, 0], [1, 3, 4, 1], [0, 0, 2, 5, 0], [2, 4, 5, 1, 2]))
     a, p, b, n = pairs
-    s = cosines(x.detach())
 
     def dense_ntxent():
         z = cosines(x) / 0.07
@@ -135,7 +134,6 @@ def test_mined_pairs_and_their_repetitions():
     once = (a, p, b[torch.arange(5) != 3], n[torch.arange(5) != 3])
     negative = torch.zeros(6, 6, dtype=torch.bool).index_put(once[2:], torch.tensor(True))
     check_same(lambda: SupConLoss()(x, None, once), lambda: supcon(cosines(x), positive, negative), [x])
-    assert s.shape == (6, 6)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -150,6 +148,16 @@ def test_mined_triplets_of_references(loss):
         lambda: FORMULAS[loss](cosines(x, y), positive, negative),
         [x, y],
     )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_triplet_has_a_loss(loss):
+    """The library returns 0 where no list holds two entries."""
+    x, triplet = embeddings(3, 3), tuple(torch.tensor([i]) for i in range(3))
+    positive, negative = (
+        torch.zeros(3, 3, dtype=torch.bool).index_put(i, torch.tensor(True)) for i in (triplet[:2], triplet[::2])
+    )
+    check_same(lambda: loss()(x, None, triplet), lambda: FORMULAS[loss](cosines(x), positive, negative), [x])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -205,7 +213,7 @@ def test_errors():
             loss()(x, labels[:3])
         with pytest.raises(ValueError, match=r"ref_labels must have shape \[2\]"):
             loss()(x, labels, ref_emb=x[:2], ref_labels=labels[:3])
-        with pytest.raises(ValueError, match="3 .triplets. or 4 .pairs."):
+        with pytest.raises(ValueError, match="tensors, got 2"):
             loss()(x, labels, (labels, labels))
         with pytest.raises(TypeError, match="integer tensors"):
             loss()(x, labels, (x[0],) * 3)
@@ -229,7 +237,10 @@ def test_errors():
 
 @pytest.fixture
 def library():
-    return pytest.importorskip("pytorch_metric_learning")
+    package = pytest.importorskip("pytorch_metric_learning")
+    for part in ("losses", "reducers", "distances", "miners"):
+        pytest.importorskip(f"pytorch_metric_learning.{part}", exc_type=ImportError)
+    return package
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -267,10 +278,7 @@ def test_library_reducers(library, loss, reducer):
     theirs, made = getattr(library.losses, loss.__name__), getattr(library.reducers, reducer)()
     labels = LABELS["repeated"]
     x = embeddings(len(labels), 3)
-    if loss is NTXentLoss and reducer == "SumReducer":
-        check_same(lambda: loss(reducer=made)(x, labels), lambda: theirs(reducer=made)(x, labels), [x], rtol=1e-8)
-    else:
-        check_same(lambda: loss(reducer=made)(x, labels), lambda: theirs(reducer=made)(x, labels), [x])
+    check_same(lambda: loss(reducer=made)(x, labels), lambda: theirs(reducer=made)(x, labels), [x])
 
 
 def test_library_rows_without_negatives(library):

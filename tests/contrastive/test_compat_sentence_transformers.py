@@ -1,4 +1,5 @@
-"""MultipleNegativesRankingLoss of fastloss.compat.sentence_transformers against a row-by-row formula and against the library."""
+"""MultipleNegativesRankingLoss of fastloss.compat.sentence_transformers against a row-by-row formula and against the
+library."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import check_same, embeddings, largest_saved, module_of
-from tolerance import check_gradient
 
 from fastloss.compat.sentence_transformers import MultipleNegativesRankingLoss
+from peers import check_same, embeddings, largest_saved, module_of
+from tolerance import check_gradient
 
 JOINT = [
     ("query_to_doc", *others)
@@ -59,7 +60,7 @@ def formula(
             logits["doc_to_doc"] += [scale * m[i, j] for m in among_docs for j in rows if j != i]
         own = scale * to_docs[0][i, i]
         if partition_mode == "joint":
-            total = total + torch.stack(sum(logits.values(), [])).logsumexp(0) - own
+            total = total + torch.stack(list(itertools.chain(*logits.values()))).logsumexp(0) - own
         else:
             total = total + sum(torch.stack(z).logsumexp(0) - own for z in logits.values()) / len(logits)
     return total / len(query)
