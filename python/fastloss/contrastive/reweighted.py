@@ -127,17 +127,20 @@ def negative_threshold(q: Tensor, k: Tensor, count: int, normalize: bool) -> Ten
     """
     if count <= TOPK_LIMIT:
         best = row_topk(q, k, count + 1, normalize=normalize).values
-        edge, below = best[:, count - 1], best[:, count]
-        return torch.where(below == -INF, -INF, (edge + below) / 2)
-    high = pair_stats(q, k, normalize=normalize, columns=False).neg_max
-    low = -pair_stats(-q, k, normalize=normalize, columns=False).neg_max
-    high = high + (high - low).abs() * 1e-6 + 1e-6
-    for _ in range(32):
-        middle = (low + high) / 2
-        found = pair_map(q, k, "hinge", neg_threshold=middle, normalize=normalize).neg_active
-        low = torch.where(found >= count, middle, low)
-        high = torch.where(found <= count, middle, high)  # both where it is exact: the interval closes
-    return low
+        largest, edge, below = best[:, 0], best[:, count - 1], best[:, count]
+        threshold = torch.where(below == -INF, edge, (edge + below) / 2)
+    else:
+        largest = pair_stats(q, k, normalize=normalize, columns=False).neg_max
+        low = -pair_stats(-q, k, normalize=normalize, columns=False).neg_max
+        high = largest
+        for _ in range(32):
+            middle = (low + high) / 2
+            found = pair_map(q, k, "hinge", neg_threshold=middle, normalize=normalize).neg_active
+            low = torch.where(found >= count, middle, low)
+            high = torch.where(found <= count, middle, high)  # both where it is exact: the interval closes
+        threshold = low
+    # The window is compared with numbers that were rounded otherwise: equal similarities shall all be kept.
+    return threshold - 8 * torch.finfo(threshold.dtype).eps * torch.maximum(largest.abs(), threshold.abs())
 
 
 @catalogue.entry(
