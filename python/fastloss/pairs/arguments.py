@@ -63,7 +63,7 @@ def positive_numbers(name: str, value: Tensor | float) -> None:
             raise TypeError(f"{name} must be floating, got {value.dtype}")
         if can_look(value) and bool((value <= 0).any()):
             raise ValueError(f"{name} must be > 0, got {float(value.detach().min())}")
-    elif not (value > 0 and math.isfinite(value)):
+    elif not 0 < value < math.inf:  # comparisons, which torch.compile traces also of a float that it made symbolic
         raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
