@@ -27,8 +27,8 @@ def agree(ours: Tensor, dense: Tensor, inputs: Sequence[Tensor], rtol: float = 1
     assert ours.shape == dense.shape, f"{ours.shape} against {dense.shape}"
     torch.testing.assert_close(ours, dense, rtol=rtol, atol=1e-11)
     weight = torch.linspace(0.5, 1.5, ours.numel(), dtype=ours.dtype).view(ours.shape)
-    mine = torch.autograd.grad((ours * weight).sum(), inputs, allow_unused=True)
-    right = torch.autograd.grad((dense * weight).sum(), inputs, allow_unused=True)
+    mine = torch.autograd.grad((ours * weight).sum(), inputs, allow_unused=True, retain_graph=True)
+    right = torch.autograd.grad((dense * weight).sum(), inputs, allow_unused=True, retain_graph=True)
     for a, b in zip(mine, right, strict=True):
         a, b = (torch.zeros(()) if t is None else t for t in (a, b))
         scale = float(b.abs().max()) if b.numel() else 0.0
