@@ -18,8 +18,8 @@ def _frozen_head(features: Tensor, weight: Tensor, bias: Tensor | None, target: 
 @catalogue.entry(
     formula="CE(W phi, y) + 10 CE(W_old phi, y), W_old frozen",
     gradient="of two linear cross entropies to phi, and to W",
-    source="$BT^2$: Backward-compatible Training with Basis Transformation (its baseline BCT, Towards Backward-Compatible "
-    "Representation Learning)",
+    source="$BT^2$: Backward-compatible Training with Basis Transformation (its baseline BCT, Towards "
+    "Backward-Compatible Representation Learning)",
     published="weight 10",
 )
 def bct_loss(

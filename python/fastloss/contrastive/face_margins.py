@@ -53,11 +53,12 @@ def _margin_rows(
 
 
 @catalogue.entry(
-    formula="-log(e^(s c'_y) / (e^(s c'_y) + sum over j != y of e^(s c_j))), c = cosines with the centres, c'_y = cos(theta_y + m) "
-    "(arcface) or c_y - m (cosface)",
+    formula="-log(e^(s c'_y) / (e^(s c'_y) + sum over j != y of e^(s c_j))), c = cosines with the centres, c'_y = "
+    "cos(theta_y + m) (arcface) or c_y - m (cosface)",
     gradient="s (p_j - [j = y]) times d c'_y / d c_y at y",
     source="ArcFace: Additive Angular Margin Loss for Deep Face Recognition; CosFace: Large Margin Cosine Loss",
-    published="arccos and cos of all B x C cosines, with an infinite slope at 1; here cos(theta + m) of the own class alone",
+    published="arccos and cos of all B x C cosines, with an infinite slope at 1; here cos(theta + m) of the own class "
+    "alone",
 )
 def angular_margin_loss(
     x: Tensor, weight: Tensor, target: Tensor, *, scale: float = 64.0, margin: float = 0.5, kind: str = "arcface",
@@ -95,8 +96,8 @@ def whiskers(x: Tensor, labels: Tensor, width: float = 1.5) -> tuple[Tensor, Ten
 
 
 @catalogue.entry(
-    formula="-log(e^(s c'_y) / (e^(s c'_y) + sum over j != y of e^(s c_j) + sum over n in SN' of e^(s n))), SN' = cosines of the "
-    "batch's pairs with different labels within [Q1 - w IQR, Q3 + w IQR], the same for every row",
+    formula="-log(e^(s c'_y) / (e^(s c'_y) + sum over j != y of e^(s c_j) + sum over n in SN' of e^(s n))), SN' = "
+    "cosines of the batch's pairs with different labels within [Q1 - w IQR, Q3 + w IQR], the same for every row",
     gradient="that of the margin softmax; to each pair in SN' s e^(s n) times the sum over rows of 1 / denominator",
     source="Unified Negative Pair Generation toward Well-discriminative Feature Space for Face Recognition",
     published="concatenates the list to every row: B x B^2 / 2 numbers; here one log-sum-exp of it serves all rows",

@@ -10,8 +10,8 @@ from .arguments import check_labels, check_weight, wide
 from .reduction import check_reduction, reduce
 
 _SOURCE = (
-    "SuSana Distancia is all you need: Enforcing class separability in metric learning via two novel distance-based loss "
-    "functions for few-shot image classification"
+    "SuSana Distancia is all you need: Enforcing class separability in metric learning via two novel distance-based "
+    "loss functions for few-shot image classification"
 )
 #: Under the root of squared distances, and in the denominators of the score.
 _ROOT_EPS, _EPS = 1e-6, 1e-7
@@ -91,8 +91,8 @@ def _mean_of_rows(values: Tensor, member: Tensor) -> Tensor:
 
 
 @catalogue.entry(
-    formula="-log((lambda + gamma) / 2); of each sample's k nearest: lambda = (1 - mean d_same / d_nearest other + mean d_other / max "
-    "d_other) / 2, gamma = share of the same class",
+    formula="-log((lambda + gamma) / 2); of each sample's k nearest: lambda = (1 - mean d_same / d_nearest other + "
+    "mean d_other / max d_other) / 2, gamma = share of the same class",
     gradient="of the distances through lambda; gamma has none",
     source=_SOURCE,
     published="k 4, neighbours looked at: shots + queries; the variance term omega is switched off in the code",

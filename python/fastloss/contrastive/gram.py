@@ -67,7 +67,7 @@ def spectral_contrastive_loss(q: Tensor, k: Tensor, *, normalize: bool = False) 
 def cyclip_loss(
     q: Tensor, k: Tensor, *, in_modal: float = 0.25, cross_modal: float = 0.25, normalize: bool = True
 ) -> Tensor:  # fmt: skip
-    """CyCLIP's two consistencies: similarities within images are those within texts, and s_ij = s_ji across. Added to `clip_loss`.
+    """CyCLIP's two consistencies, added to `clip_loss`: s_ij within images is that within texts, and s_ij = s_ji across.
 
     Args: q, k: [B, D]. The weights may be 0. Raises ValueError for other shapes. Memory: O(B D + D^2).
     Source: CyCLIP: Cyclic Contrastive Language-Image Pretraining.
@@ -87,7 +87,8 @@ def _standard(x: Tensor, eps: float) -> Tensor:
 
 
 @catalogue.entry(
-    formula="sum_a (1 - C_aa)^2 + lambda sum over a != b of C_ab^2, C = correlations over the batch of the dimensions of both views",
+    formula="sum_a (1 - C_aa)^2 + lambda sum over a != b of C_ab^2, C = correlations over the batch of the dimensions "
+    "of both views",
     gradient="-2 (1 - C_aa) and 2 lambda C_ab to C, through the standardisation",
     source="Barlow Twins: Self-Supervised Learning via Redundancy Reduction",
     published="lambda 0.0051, eps 1e-5",
@@ -112,7 +113,8 @@ def barlow_twins_loss(
 
 
 @catalogue.entry(
-    formula="s mean (q - k)^2 + v mean over dimensions and views of max(1 - std, 0) + c sum over views of sum_(a != b) Cov_ab^2 / D",
+    formula="s mean (q - k)^2 + v mean over dimensions and views of max(1 - std, 0) + c sum over views of sum_(a != b) "
+    "Cov_ab^2 / D",
     gradient="of the three parts; std = sqrt(variance + 1e-4)",
     source="VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
     published="weights 25, 25, 1; unbiased variance and covariance",

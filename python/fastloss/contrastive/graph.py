@@ -11,11 +11,12 @@ from .arguments import check_labels, unit, wide
 
 
 @catalogue.entry(
-    formula="-mean_i log(sum over edges (i, j) of A_ij e^(tau cos(z_i, z_j)) + eps) + mean_c log(sum_c' e^(tau cos(m_c, m_c')) + eps), "
-    "m_c = sum of z in cluster c, each with itself counted as cosine 0",
+    formula="-mean_i log(sum over edges (i, j) of A_ij e^(tau cos(z_i, z_j)) + eps) + mean_c log(sum_c' e^(tau "
+    "cos(m_c, m_c')) + eps), m_c = sum of z in cluster c, each with itself counted as cosine 0",
     gradient="-A_ij tau e^(tau cos) / (sum + eps) / B along edges; tau softmax / C among the clusters",
     source="Efficient block contrastive learning via parameter-free meta-node approximation",
-    published="an empty cluster makes NaN (division by its norm); here its cosines are 0. tau 1, neighbours of order 2, weight 2.0",
+    published="an empty cluster makes NaN (division by its norm); here its cosines are 0. tau 1, neighbours of order "
+    "2, weight 2.0",
 )
 def pamc_loss(
     z: Tensor, rows: Tensor, columns: Tensor, weights: Tensor, clusters: Tensor, num_clusters: int, *, tau: float = 1.0,

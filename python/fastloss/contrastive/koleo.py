@@ -14,7 +14,8 @@ from .reduction import check_reduction, reduce
 
 @catalogue.entry(
     formula="-mean_i log(|x_i - x_nn(i)| + eps), nn(i) the nearest other row",
-    gradient="-(x_i - x_nn) / (|x_i - x_nn| (|x_i - x_nn| + eps)) / B to x_i, the negative to x_nn; the choice has none",
+    gradient="-(x_i - x_nn) / (|x_i - x_nn| (|x_i - x_nn| + eps)) / B to x_i, the negative to x_nn; the choice has "
+    "none",
     source="DINOv2: Learning Robust Visual Features without Supervision; Spreading vectors for similarity search",
     published="the B x B matrix of cosines; eps 1e-8, weight 0.1 in DINOv2",
 )

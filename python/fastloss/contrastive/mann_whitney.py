@@ -20,11 +20,12 @@ _HELD = 1 << 22
 
 
 @catalogue.entry(
-    formula="query: mean over i, j != i of softplus(z_ij - z_ii); pooled: mean over all positives p and all negatives n of the "
-    "batch of softplus(z_n - z_p)",
+    formula="query: mean over i, j != i of softplus(z_ij - z_ii); pooled: mean over all positives p and all negatives "
+    "n of the batch of softplus(z_n - z_p)",
     gradient="sigmoid(z_n - z_p) / count to n, the negative sum to p",
     source="Optimizing What Matters: AUC-Driven Learning for Robust Neural Retrieval",
-    published="pooled: by a histogram of the negatives, relative error 2e-6 at 1024 bins and scale 20; temperature not given",
+    published="pooled: by a histogram of the negatives, relative error 2e-6 at 1024 bins and scale 20; temperature not "
+    "given",
 )
 def mw_loss(
     q: Tensor, k: Tensor, scale: Temperature = 1.0, *, mode: str = "query", positive: PairSets = DIAGONAL,

@@ -20,7 +20,8 @@ def nearest_prototypes(x: Tensor, prototypes: Tensor) -> Tensor:
 
 
 @catalogue.entry(
-    formula="mean over 3B views of lse over the other views of z - mean of z over the two of the same sample, z = s cos",
+    formula="mean over 3B views of lse over the other views of z - mean of z over the two of the same sample, z = s "
+    "cos",
     gradient="supervised contrastive, with the sample as the label",
     source="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation",
     published="temperature 0.1; a 3B x 3B matrix",
@@ -42,8 +43,8 @@ def view_contrast_loss(views: list[Tensor] | tuple[Tensor, ...], scale: Temperat
 
 
 @catalogue.entry(
-    formula="w_ce mean (S(x, ema) + S(aug, ema)) / 2 + w_c view_contrast(prototype, x, aug), S(a, b) = -(1/2) sum q_b log p_a - "
-    "(1/2) sum p_a log q_b",
+    formula="w_ce mean (S(x, ema) + S(aug, ema)) / 2 + w_c view_contrast(prototype, x, aug), S(a, b) = -(1/2) sum q_b "
+    "log p_a - (1/2) sum p_a log q_b",
     gradient="of the symmetric cross entropies and the contrast; none to the teacher",
     source="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation",
     published="both weights 1, temperature 0.1, projection of 128, teacher's momentum 0.999",

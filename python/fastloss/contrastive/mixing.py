@@ -27,11 +27,12 @@ def draw_mixture(
 
 
 @catalogue.entry(
-    formula="rows: lse_j z_ij - b_i z_ii - (1 - b_i) z_i,perm(i), z = s cos(q_i, k_j); columns the same with the transposed targets; "
-    "mean of both",
+    formula="rows: lse_j z_ij - b_i z_ii - (1 - b_i) z_i,perm(i), z = s cos(q_i, k_j); columns the same with the "
+    "transposed targets; mean of both",
     gradient="(p_row - target + p_column c_j - target) s / 2B, c_j the sum of column j's targets",
     source="Harnessing Shared Relations via Multimodal Mixup Contrastive Learning for Multimodal Classification",
-    published="where perm(i) = i the target b_i is overwritten by 1 - b_i; here they add up to 1. Temperature 0.1, Beta(0.15, 0.15)",
+    published="where perm(i) = i the target b_i is overwritten by 1 - b_i; here they add up to 1. Temperature 0.1, "
+    "Beta(0.15, 0.15)",
 )
 def mixup_info_nce_loss(
     mixed: Tensor, k: Tensor, permutation: Tensor, share: Tensor, scale: Temperature = 10.0, *, normalize: bool = True,
@@ -72,8 +73,8 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 @catalogue.entry(
-    formula="max(d_ap - m+, 0) + max(m- - d_an, 0) + w (b max(d_mix - m+, 0) + (1 - b) max(m- - d_mix, 0)), d_mix = |a - b p - "
-    "(1 - b) n|, d = Euclidean distances",
+    formula="max(d_ap - m+, 0) + max(m- - d_an, 0) + w (b max(d_mix - m+, 0) + (1 - b) max(m- - d_mix, 0)), d_mix = |a "
+    "- b p - (1 - b) n|, d = Euclidean distances",
     gradient="of the distances, through the mixture to p (or a) and n",
     source="It Takes Two to Tango: Mixup for Deep Metric Learning",
     published="margins 0 and 0.5, Beta(2, 2), w = 0.4 for positive with negative, 0.3 for anchor with negative",

@@ -32,7 +32,8 @@ def _average(total: Tensor, count: Tensor) -> Tensor:
     formula="mean over positives of max(m+ - s, 0)^p + mean over negatives of max(s - m-, 0)^p, p = 1 or 2",
     gradient="-p max(m+ - s, 0)^(p - 1) / count, p max(s - m-, 0)^(p - 1) / count",
     source="Dimensionality Reduction by Learning an Invariant Mapping (Hadsell et al. 2006), on similarities",
-    published="pytorch-metric-learning averages over the pairs within the margins (average='active'); margins 1 and 0 for cosines",
+    published="pytorch-metric-learning averages over the pairs within the margins (average='active'); margins 1 and 0 "
+    "for cosines",
 )
 def contrastive_loss(
     x: Tensor, labels: Tensor, k: Tensor | None = None, key_labels: Tensor | None = None, *, pos_margin: float = 1.0,

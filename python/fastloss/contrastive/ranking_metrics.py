@@ -66,8 +66,8 @@ def roc_auc(
 
 
 @catalogue.entry(
-    formula="mean over classes i and distances d in [d_min, d_max] of (U_i(d) - mean_i U_i(d))^2, U_i = harmonic mean of class "
-    "i's sensitivity and specificity when pairs up to distance d are accepted",
+    formula="mean over classes i and distances d in [d_min, d_max] of (U_i(d) - mean_i U_i(d))^2, U_i = harmonic mean "
+    "of class i's sensitivity and specificity when pairs up to distance d are accepted",
     gradient="none: a metric",
     source="Threshold-Consistent Margin Loss for Open-World Deep Metric Learning",
 )

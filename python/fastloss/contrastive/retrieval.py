@@ -25,8 +25,8 @@ def _masked_lse(z: Tensor, member: Tensor) -> Tensor:
     formula="lse over all documents of s a - lse over the relevant ones of s a",
     gradient="s (softmax over all - softmax over the relevant) / B",
     source="Scalable In-context Ranking with Generative Models",
-    published="BlockRank: a = mean over heads and two tokens of the attention on each document, temperature 0.05 (0.1 in the trainer), "
-    "weight 0.1, layer 20",
+    published="BlockRank: a = mean over heads and two tokens of the attention on each document, temperature 0.05 (0.1 "
+    "in the trainer), weight 0.1, layer 20",
 )
 def blockrank_loss(
     attention: Tensor, relevant: Tensor, valid: Tensor | None = None, *, scale: float = 20.0, reduction: str = "mean_valid"

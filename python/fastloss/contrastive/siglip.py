@@ -107,7 +107,8 @@ def clipn_terms(
     "L_no = -mean over i != j of log p_ij(no), L_tso = mean (2 - sqrt(2 - 2 <t, t'> + 1e-4))",
     gradient="that of the sigmoid loss with keys t - t', and the distance's",
     source="CLIPN for Zero-Shot OOD Detection: Teaching CLIP to Say No",
-    published="two B x B matrices and log(softmax), which is -inf where a probability underflows; here softplus of the difference",
+    published="two B x B matrices and log(softmax), which is -inf where a probability underflows; here softplus of the "
+    "difference",
 )
 def clipn_loss(
     image: Tensor, text: Tensor, text_no: Tensor, scale: Temperature, *, normalize: bool = False

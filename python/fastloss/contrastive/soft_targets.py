@@ -49,8 +49,8 @@ def _cross_entropy(
 
 
 @catalogue.entry(
-    formula="-(1/2) mean_i sum_j t_ij log softmax_j(z_ij) - (1/2) mean_j sum_i t'_ij log softmax_i(z_ij), t = softmax over j, t' over "
-    "i, of the teacher's similarities",
+    formula="-(1/2) mean_i sum_j t_ij log softmax_j(z_ij) - (1/2) mean_j sum_i t'_ij log softmax_i(z_ij), t = softmax "
+    "over j, t' over i, of the teacher's similarities",
     gradient="(p - t + p' - t') s / 2B to z",
     source="CLIP-KD and open_clip's DistillClipLoss (cross entropy of similarity distributions)",
     published="four B x B matrices; here two attentions. No gradient into the teacher",
@@ -82,8 +82,10 @@ def distill_clip_loss(
 @catalogue.entry(
     formula="distill_clip_loss whose teacher is the targets' similarity with each other: t = softmax(s k k^T)",
     gradient="(p - t + p' - t) s / 2B to z",
-    source="Harnessing Shared Relations via Multimodal Mixup Contrastive Learning for Multimodal Classification (SoftCLIP of MindEye)",
-    published="three B x B matrices; temperature 0.125. `detach=False` trains the targets' similarities too, as published",
+    source="Harnessing Shared Relations via Multimodal Mixup Contrastive Learning for Multimodal Classification "
+    "(SoftCLIP of MindEye)",
+    published="three B x B matrices; temperature 0.125. `detach=False` trains the targets' similarities too, as "
+    "published",
 )
 def soft_clip_loss(
     q: Tensor, targets: Tensor, scale: Temperature = 8.0, *, detach: bool = True, normalize: bool = True,
@@ -126,11 +128,12 @@ def _log_row_sums(q: Tensor, k: Tensor, scale: float, bias: Tensor) -> Tensor:
 
 
 @catalogue.entry(
-    formula="mean over views l, m of -(1/2) mean sum t_ij log softmax_j(s <q^l_i, k^m_j>) and the other direction; t the Sinkhorn-Knopp "
-    "assignment of the other views' cosines / 0.05",
+    formula="mean over views l, m of -(1/2) mean sum t_ij log softmax_j(s <q^l_i, k^m_j>) and the other direction; t "
+    "the Sinkhorn-Knopp assignment of the other views' cosines / 0.05",
     gradient="(p - t) s / B to z; the assignment has none",
     source="Improved baselines for vision-language pre-training",
-    published="SwALIP: 3 iterations, epsilon 0.05, weight 0.2 beside the CLIP loss; B x B matrices, exp(cosine / 0.05) unshifted",
+    published="SwALIP: 3 iterations, epsilon 0.05, weight 0.2 beside the CLIP loss; B x B matrices, exp(cosine / 0.05) "
+    "unshifted",
 )
 def swalip_loss(
     q: Sequence[Tensor], k: Sequence[Tensor], scale: Temperature, *, epsilon: float = 0.05, iterations: int = 3

@@ -35,8 +35,8 @@ def _between(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 
 @catalogue.entry(
-    formula="mean_i -log softmax_j f(x_i, y_j)_i + lambda mean_i (|grad f(x^_i, y^_i)|_2 - 1)^2, f(x, y) = <g(x), h(y)>, (x^, y^) between "
-    "pairs that belong together and pairs that do not",
+    formula="mean_i -log softmax_j f(x_i, y_j)_i + lambda mean_i (|grad f(x^_i, y^_i)|_2 - 1)^2, f(x, y) = <g(x), "
+    "h(y)>, (x^, y^) between pairs that belong together and pairs that do not",
     gradient="of InfoNCE, and by double backward through g and h of the penalty",
     source="Wasserstein Dependency Measure for Representation Learning",
     published="lambda is not known to us: it has no default",
