@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "bindings_pairs.h"
 #include "cpu/add_product.h"
 #include "cpu/cpu.h"
 #include "cpu/cross_entropy.h"
@@ -338,6 +339,7 @@ PYBIND11_MODULE(_C, m) {
         row_terms_cpu(args, isa);
       },
       py::arg("args"), py::arg("isa"));
+  bind_pairs(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;

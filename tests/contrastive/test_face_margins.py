@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dense_pairs import check_narrow, check_same, embeddings
+from dense_losses import check_narrow, check_same, embeddings
 from fastloss.contrastive import AngularMarginLoss, angular_margin_loss, unpg_loss
 
 TARGET = torch.tensor([0, 3, 3, 6, 1, 0, 6, 6, 2, 5, 4, 3, 0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dense_pairs import check_narrow, check_same, embeddings
+from dense_losses import check_narrow, check_same, embeddings
 from fastloss.contrastive import info_nce_koleo_loss, koleo_loss
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dense_pairs import check_narrow, check_same, embeddings
+from dense_losses import check_narrow, check_same, embeddings
 from fastloss import Diagonal, SameId
 from fastloss.contrastive import mw_loss, roc_auc
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dense_pairs import check_narrow, check_same, embeddings
+from dense_losses import check_narrow, check_same, embeddings
 from fastloss import SameId
 from fastloss.contrastive import SigLipLoss, clipn_loss, clipn_terms, siglip_loss
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from .pairing import Pairing
 Temperature = float | Tensor
 #: As in torch.nn.functional.normalize.
 EPS = 1e-12
+INF = float("inf")  # compared with: math.isfinite would break a graph whose numbers are symbols
 
 
 class Made(NamedTuple):
@@ -63,7 +63,7 @@ def positive_numbers(name: str, value: Tensor | float) -> None:
             raise TypeError(f"{name} must be floating, got {value.dtype}")
         if can_look(value) and bool((value <= 0).any()):
             raise ValueError(f"{name} must be > 0, got {float(value.detach().min())}")
-    elif not (value > 0 and math.isfinite(value)):
+    elif not 0 < value < INF:
         raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
@@ -133,7 +133,7 @@ def make_pairing(
         columns = inverse_k if columns is None else columns * inverse_k
     low, high = (None, None) if window is None else window
     fixed = user_scale.detach()
-    if not math.isfinite(hardness):
+    if not -INF < hardness < INF:
         raise ValueError(f"hardness must be finite, got {hardness}")
 
     def bound(name: str, value: Tensor | float | None) -> Tensor | None:

@@ -101,7 +101,16 @@ def apply(family: Family, functions: tuple[Any, Any], inputs: tuple[Any, ...]) -
     """The outputs of a family's Function."""
     if forward_mode_active():
         return family.compose(*inputs)
+    if torch.compiler.is_compiling():
+        inputs = _distinct(inputs)
     return functions[functorch_active()].apply(*inputs)[: family.outputs]
+
+
+def _distinct(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Dynamo cannot trace a Function that is given one tensor twice (x with itself, the ids of both sides): views can be."""
+    return tuple(
+        x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- pair_stats

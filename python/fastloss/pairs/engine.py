@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..contract import NUM_PAIR_COLUMN_STATS, PairClasses, PairFunction, PairMapStat, PairWant
 from . import autograd
-from .arguments import Temperature, make_pairing, vector
+from .arguments import INF, Temperature, make_pairing, vector
 from .batch import batched_pair_stats
 from .classes import Diagonal, Guide, PairSets
 from .pairing import Pairing
@@ -131,7 +130,7 @@ def pair_stats(
     if mean:
         want |= PairWant.MEAN
     if second_scale is not None:
-        if not (second_scale > 0 and math.isfinite(second_scale)):
+        if not 0 < second_scale < INF:
             raise ValueError(f"second_scale must be finite and > 0, got {second_scale}")
         want |= PairWant.SECOND
     added = None if bias is None else torch.as_tensor(bias, dtype=made.pairing.statistic_dtype, device=q.device)
@@ -216,7 +215,7 @@ def pair_histogram(
     """
     if not isinstance(bins, int) or bins < 2:
         raise ValueError(f"bins must be an integer >= 2, got {bins!r}")
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not -INF < low < high < INF:
         raise ValueError(f"low must be below high, both finite; got {low} and {high}")
     if k is None and positive is DIAGONAL:
         positive = None

@@ -14,9 +14,11 @@ INF = float("inf")
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b), -inf with zero gradient where both are -inf (torch's has NaN there)."""
-    empty = (a == -INF) & (b == -INF)
-    return torch.where(empty, -INF, torch.logaddexp(torch.where(empty, 0.0, a), torch.where(empty, 0.0, b)))
+    """log(e^a + e^b), with zero gradients, the second ones too, for what is -inf (torch's are NaN there)."""
+    no_a, no_b = a == -INF, b == -INF
+    one = no_a | no_b
+    both = torch.logaddexp(torch.where(one, 0.0, a), torch.where(one, 0.0, b))
+    return torch.where(no_a, b, torch.where(no_b, a, both))
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class PairStats:
     def _row(self, stat: PairStat) -> Tensor:
         return self.table[..., stat, :]
 
-    def _shifted(self, z: Tensor) -> Tensor:
+    def _largest(self, stat: PairStat) -> Tensor:
+        """A maximum, which moves with the bias alone: what an lse is relative to."""
+        z = self._row(stat).detach()
         return z if self.bias is None else z + self.bias
 
     @property
@@ -49,22 +53,22 @@ class PairStats:
     @property
     def neg_max(self) -> Tensor:
         """max over the negatives, -inf where there is none. No gradient: `row_topk` says where it is."""
-        return self._shifted(self._row(PairStat.NEG_MAX).detach())
+        return self._largest(PairStat.NEG_MAX).detach()
 
     @property
     def pos_max(self) -> Tensor:
         """max over the positives, -inf where there is none. No gradient."""
-        return self._shifted(self._row(PairStat.POS_MAX).detach())
+        return self._largest(PairStat.POS_MAX).detach()
 
     @property
     def neg_lse(self) -> Tensor:
         """log sum over the negatives of e^z."""
-        return self.neg_max + self._row(PairStat.NEG_LOGSUM)
+        return self._largest(PairStat.NEG_MAX) + self._row(PairStat.NEG_LOGSUM)
 
     @property
     def pos_lse(self) -> Tensor:
         """log sum over the positives of e^z: z itself where there is one."""
-        return self.pos_max + self._row(PairStat.POS_LOGSUM)
+        return self._largest(PairStat.POS_MAX) + self._row(PairStat.POS_LOGSUM)
 
     @property
     def pos_sum(self) -> Tensor:
@@ -88,14 +92,15 @@ class PairStats:
         if not self.mean:
             raise ValueError("neg_mean was not computed: pass mean=True")
         some = self.neg_count > 0
-        return torch.where(some, torch.where(some, self.neg_max, 0.0) + self._row(PairStat.NEG_MEAN), 0.0)
+        largest = torch.where(some, self._largest(PairStat.NEG_MAX), 0.0)
+        return torch.where(some, largest + self._row(PairStat.NEG_MEAN), 0.0)
 
     @property
     def second_neg_lse(self) -> Tensor:
         """log sum over the negatives of e^(second_scale z)."""
         if self.second_scale is None:
             raise ValueError("second_neg_lse was not computed: pass second_scale")
-        return self.second_scale * self.neg_max + self._row(PairStat.NEG_SECOND)
+        return self.second_scale * self._largest(PairStat.NEG_MAX) + self._row(PairStat.NEG_SECOND)
 
     @property
     def lse(self) -> Tensor:
@@ -128,5 +133,5 @@ class PairStats:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), at all x (F.softplus is linear beyond 20)."""
-    return F.relu(x) + torch.log1p(torch.exp(-x.abs()))
+    """log(1 + e^x), at all x (F.softplus is linear beyond 20), with the slope 1 / 2 at 0."""
+    return -F.logsigmoid(-x)
