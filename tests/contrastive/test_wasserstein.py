@@ -43,8 +43,10 @@ def test_value_and_gradients():
 
 
 def test_gradients_of_gradients():
-    assert torch.autograd.gradcheck(ours, inputs())
-    assert torch.autograd.gradgradcheck(ours, inputs())
+    """Of the critic's parameters: the penalty's points are constants."""
+    x, y, w, v = inputs()
+    assert torch.autograd.gradcheck(lambda w, v: ours(x, y, w, v), (w, v))
+    assert torch.autograd.gradgradcheck(lambda w, v: ours(x, y, w, v), (w, v))
 
 
 def test_a_penalty_on_the_gradient_of_info_nce():

@@ -85,9 +85,9 @@ def icnn_score(x: Tensor, labels: Tensor, *, neighbours: int = 4, looked_at: int
 
 def _mean_of_rows(values: Tensor, member: Tensor) -> Tensor:
     """The mean over rows that have members of the mean over these; both means with eps in their denominators."""
-    counts = member.sum(1)
+    counts = member.sum(1).to(values.dtype)  # an integer with eps would be float32
     means = torch.where(member, values, 0.0).sum(1) / (counts + _EPS)
-    return means.sum() / ((counts > 0).sum() + _EPS)
+    return means.sum() / ((counts > 0).to(values.dtype).sum() + _EPS)
 
 
 @catalogue.entry(
