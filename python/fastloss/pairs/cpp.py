@@ -80,5 +80,3 @@ def pair_stats_backward(
         kept=pointer(kept), keep=kept.numel(),
     )  # fmt: skip
     return gradients
-
-
