@@ -5,25 +5,44 @@ from .clip import ClipLoss, clip_loss
 from .compatibility import bct_loss, bt2_loss
 from .face_margins import AngularMarginLoss, angular_margin_loss, unpg_loss
 from .few_shot import icnn_loss, icnn_score, proto_triplet_loss
-from .gram import barlow_twins_loss, cyclip_loss, gor_loss, spectral_contrastive_loss, vicreg_loss
+from .gram import (
+    BarlowTwinsLoss,
+    CyCLIPLoss,
+    VICRegLoss,
+    barlow_twins_loss,
+    cyclip_loss,
+    gor_loss,
+    spectral_contrastive_loss,
+    vicreg_loss,
+)
 from .graph import pamc_loss
-from .koleo import info_nce_koleo_loss, koleo_loss
-from .mann_whitney import mw_loss
+from .koleo import KoLeoLoss, info_nce_koleo_loss, koleo_loss
+from .mann_whitney import MWLoss, mw_loss
 from .mean_teacher import nearest_prototypes, rmt_loss, view_contrast_loss
-from .mixing import draw_mixture, metrix_loss, mixup_info_nce_loss
-from .pair_margins import contrastive_loss, tcm_loss
+from .mixing import MetrixLoss, draw_mixture, metrix_loss, mixup_info_nce_loss
+from .pair_margins import ContrastiveLoss, TCMLoss, contrastive_loss, tcm_loss
 from .ranking_metrics import operating_point_inconsistency, roc_auc
 from .retrieval import ar2_retriever_loss, blockrank_loss
 from .siglip import ClipnTerms, SigLipLoss, clipn_loss, clipn_terms, siglip_loss
-from .soft_targets import distill_clip_loss, soft_clip_loss, swalip_loss
+from .soft_targets import M3CoLLoss, SoftClipLoss, distill_clip_loss, soft_clip_loss, swalip_loss
 from .wasserstein import gradient_penalty, wpc_loss
 
 __all__ = [
     "AngularMarginLoss",
+    "BarlowTwinsLoss",
     "BilinearInfoNCE",
     "ClipLoss",
     "ClipnTerms",
+    "ContrastiveLoss",
+    "CyCLIPLoss",
+    "KoLeoLoss",
+    "M3CoLLoss",
+    "MWLoss",
+    "MetrixLoss",
     "SigLipLoss",
+    "SoftClipLoss",
+    "TCMLoss",
+    "VICRegLoss",
     "angular_margin_loss",
     "ar2_retriever_loss",
     "barlow_twins_loss",

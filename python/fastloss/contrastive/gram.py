@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..losses import catalogue
 from .arguments import check_same_shape, check_weight, row_dots, unit, wide
+from .loss_module import LossModule
 
 
 def squared_similarities(q: Tensor, k: Tensor) -> Tensor:
@@ -159,3 +160,28 @@ def gor_loss(q: Tensor, k: Tensor, *, normalize: bool = True) -> Tensor:
     first = ((q.sum(0) * k.sum(0)).sum() - own.sum()) / pairs
     second = (squared_similarities(q, k) - own.square().sum()) / pairs
     return first.square() + (second - 1 / q.shape[1]).relu()
+
+
+class CyCLIPLoss(LossModule):
+    """`cyclip_loss` as a module."""
+
+    def __init__(self, in_modal: float = 0.25, cross_modal: float = 0.25, *, normalize: bool = True) -> None:
+        super().__init__(cyclip_loss, in_modal=in_modal, cross_modal=cross_modal, normalize=normalize)
+
+
+class BarlowTwinsLoss(LossModule):
+    """`barlow_twins_loss` as a module."""
+
+    def __init__(
+        self, off_diagonal: float = 0.0051, *, eps: float = 1e-5, standardize: bool = True, scale: float = 1.0
+    ) -> None:  # fmt: skip
+        super().__init__(barlow_twins_loss, off_diagonal=off_diagonal, eps=eps, standardize=standardize, scale=scale)
+
+
+class VICRegLoss(LossModule):
+    """`vicreg_loss` as a module."""
+
+    def __init__(
+        self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0, *, eps: float = 1e-4
+    ) -> None:  # fmt: skip
+        super().__init__(vicreg_loss, invariance=invariance, variance=variance, covariance=covariance, eps=eps)

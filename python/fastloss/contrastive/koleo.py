@@ -9,6 +9,7 @@ from ..losses import catalogue
 from ..pairs import pair_stats, row_topk
 from ..pairs.arguments import Temperature
 from .arguments import check_same_shape, check_weight, unit
+from .loss_module import LossModule
 from .reduction import check_reduction, reduce
 
 
@@ -58,3 +59,10 @@ def info_nce_koleo_loss(
     check_weight("koleo_weight", koleo_weight)
     info_nce = pair_stats(q, k, scale=scale, normalize=normalize, columns=False).nll.mean()
     return info_nce + koleo_weight * koleo_loss(q, normalize=normalize)
+
+
+class KoLeoLoss(LossModule):
+    """`koleo_loss` as a module."""
+
+    def __init__(self, *, eps: float = 1e-8, normalize: bool = True, reduction: str = "mean") -> None:
+        super().__init__(koleo_loss, eps=eps, normalize=normalize, reduction=reduction)

@@ -13,6 +13,7 @@ from ..pairs.classes import PairSets
 from ..pairs.engine import DIAGONAL
 from ..pairs.statistics import softplus
 from .arguments import check_same_shape, row_dots, wide
+from .loss_module import LossModule
 from .reduction import check_reduction, reduce
 
 #: Numbers of softplus(center - positive) that are held at a time.
@@ -104,3 +105,12 @@ def _bound(q: Tensor, k: Tensor, scale: Temperature, normalize: bool) -> float:
     if not 0 <= largest < float("inf"):
         raise ValueError(f"the pooled loss needs finite embeddings and a scale > 0: the bound of |z| is {largest}")
     return max(largest * (1 + 1e-4), torch.finfo(torch.float32).tiny * 2**20)  # rounding must not reach the last bin
+
+
+class MWLoss(LossModule):
+    """`mw_loss` as a module."""
+
+    def __init__(
+        self, scale: float = 1.0, *, mode: str = "query", bins: int = 1024, normalize: bool = False
+    ) -> None:  # fmt: skip
+        super().__init__(mw_loss, scale=scale, mode=mode, bins=bins, normalize=normalize)

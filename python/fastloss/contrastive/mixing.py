@@ -9,6 +9,7 @@ from ..losses import catalogue
 from ..pairs import edge_dot, pair_stats
 from ..pairs.arguments import Temperature
 from .arguments import check_same_shape, check_weight, unit, wide
+from .loss_module import LossModule
 from .reduction import check_reduction, reduce
 
 
@@ -114,3 +115,15 @@ def metrix_loss(
     clean = (_distance(anchor, positive) - pos_margin).relu() + (neg_margin - _distance(anchor, negative)).relu()
     mixture = share * (between - pos_margin).relu() + (1 - share) * (neg_margin - between).relu()
     return reduce(wide(clean + weight * mixture), reduction)
+
+
+class MetrixLoss(LossModule):
+    """`metrix_loss` as a module."""
+
+    def __init__(
+        self, *, pair: str = "positive-negative", weight: float = 0.4, pos_margin: float = 0.0, neg_margin: float = 0.5,
+        normalize: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            metrix_loss, pair=pair, weight=weight, pos_margin=pos_margin, neg_margin=neg_margin, normalize=normalize
+        )

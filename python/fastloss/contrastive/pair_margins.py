@@ -7,6 +7,7 @@ from torch import Tensor
 from ..losses import catalogue
 from ..pairs import PairMap, SameId, pair_map
 from .arguments import check_labels, check_weight, wide
+from .loss_module import LossModule
 
 
 def _pairs(
@@ -82,3 +83,29 @@ def tcm_loss(
     pairs = _pairs(x, labels, k, key_labels, neg_margin, pos_margin, "hinge", normalize)
     positive, negative = _average(pairs.pos, pairs.pos_active), _average(pairs.neg, pairs.neg_active)
     return pos_weight * positive + neg_weight * negative
+
+
+class ContrastiveLoss(LossModule):
+    """`contrastive_loss` as a module."""
+
+    def __init__(
+        self, pos_margin: float = 1.0, neg_margin: float = 0.0, *, squared: bool = False, average: str = "active",
+        normalize: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            contrastive_loss, pos_margin=pos_margin, neg_margin=neg_margin, squared=squared, average=average,
+            normalize=normalize,
+        )  # fmt: skip
+
+
+class TCMLoss(LossModule):
+    """`tcm_loss` as a module."""
+
+    def __init__(
+        self, pos_margin: float = 0.9, neg_margin: float = 0.5, pos_weight: float = 1.0, neg_weight: float = 1.0, *,
+        normalize: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            tcm_loss, pos_margin=pos_margin, neg_margin=neg_margin, pos_weight=pos_weight, neg_weight=neg_weight,
+            normalize=normalize,
+        )  # fmt: skip

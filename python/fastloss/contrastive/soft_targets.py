@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..losses import catalogue
 from ..pairs import pair_stats
 from ..pairs.arguments import Temperature
 from .arguments import check_same_shape, check_weight, unit
+from .loss_module import LossModule
+from .mixing import mixup_info_nce_loss
 from .reduction import check_reduction, reduce
 
 #: Numbers of the teacher's matrix that are held at a time.
@@ -160,3 +162,40 @@ def swalip_loss(
             columns = attention(tk, tq, image, 1 / epsilon, sinkhorn_bias(tk, tq, 1 / epsilon, iterations))
             losses.append(_cross_entropy(image, text, scale, rows, columns).mean())
     return torch.stack(losses).mean()
+
+
+class SoftClipLoss(LossModule):
+    """`soft_clip_loss` as a module."""
+
+    def __init__(
+        self, scale: float = 8.0, *, detach: bool = True, normalize: bool = True, reduction: str = "mean"
+    ) -> None:  # fmt: skip
+        super().__init__(soft_clip_loss, scale=scale, detach=detach, normalize=normalize, reduction=reduction)
+
+
+class M3CoLLoss(nn.Module):
+    """M3CoL's contrastive part: `mixup_info_nce_loss` for the first share of the training, then `soft_clip_loss`.
+
+    Source: Harnessing Shared Relations via Multimodal Mixup Contrastive Learning for Multimodal Classification (a third of
+    the epochs, temperatures 0.1 and 0.125; added with a weight of 0.1 to the cross entropies).
+    """
+
+    def __init__(self, mixup_share: float = 0.33, mixup_scale: float = 10.0, soft_scale: float = 8.0) -> None:
+        super().__init__()
+        if not 0 <= mixup_share <= 1:
+            raise ValueError(f"mixup_share must be in [0, 1], got {mixup_share}")
+        self.mixup_share, self.mixup_scale, self.soft_scale = mixup_share, mixup_scale, soft_scale
+
+    def mixes(self, progress: float) -> bool:
+        """Whether examples are to be mixed when this share of the training is done."""
+        return progress < self.mixup_share
+
+    def forward(
+        self, q: Tensor, k: Tensor, progress: float, permutation: Tensor | None = None, share: Tensor | None = None
+    ) -> Tensor:
+        """The mean loss of [B, D]; q of mixed examples, with their permutation and share (`draw_mixture`), while it `mixes`."""
+        if not self.mixes(progress):
+            return soft_clip_loss(q, k, self.soft_scale)
+        if permutation is None or share is None:
+            raise ValueError(f"at progress {progress} examples are mixed: pass permutation and share")
+        return mixup_info_nce_loss(q, k, permutation, share, self.mixup_scale)
