@@ -90,6 +90,8 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 
 } // namespace
 
+void bind_edges(py::module_ &m); // bindings_edges.cpp
+
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
                              int64_t n, int64_t d, int64_t v, int64_t ldx, int64_t ldw, int64_t ignore_index,
@@ -338,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
         row_terms_cpu(args, isa);
       },
       py::arg("args"), py::arg("isa"));
+  bind_edges(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;

@@ -99,3 +99,24 @@ def pointwise_loss_cuda(
     values: _Elements, dinput: _Elements, n: int, kind: int, share: float, partial: int, unless_one: bool, device: int,
     stream: int, /,
 ) -> None: ...  # fmt: skip
+
+class EdgeDot:
+    """The fields of csrc/pair_stats.h."""
+
+    def __init__(
+        self, *, q: int, k: int, m: int, n: int, d: int, ldq: int, ldk: int, edges: int, rows: int, columns: int,
+        dots: int, dtype: int,
+    ) -> None: ...  # fmt: skip
+
+class EdgeSum:
+    """The fields of csrc/pair_stats.h."""
+
+    def __init__(
+        self, *, x: int, weight: int, pointer: int, source: int, sums: int, m: int, n: int, d: int, ldx: int, edges: int,
+        dtype: int,
+    ) -> None: ...  # fmt: skip
+
+def edge_dot_cpu(args: EdgeDot, isa: int) -> None: ...
+def edge_sum_cpu(args: EdgeSum, isa: int) -> None: ...
+def edge_dot_cuda(args: EdgeDot, device: int, stream: int) -> None: ...
+def edge_sum_cuda(args: EdgeSum, device: int, stream: int) -> None: ...
