@@ -120,3 +120,17 @@ def edge_dot_cpu(args: EdgeDot, isa: int) -> None: ...
 def edge_sum_cpu(args: EdgeSum, isa: int) -> None: ...
 def edge_dot_cuda(args: EdgeDot, device: int, stream: int) -> None: ...
 def edge_sum_cuda(args: EdgeSum, device: int, stream: int) -> None: ...
+
+_Gradients = tuple[int, int, int, int]
+
+def pair_map_cpu(
+    pairing: dict[str, object], /, *, neg_threshold: int, pos_threshold: int, function: int, table: int, grad: int,
+    gradients: _Gradients, isa: int,
+) -> None: ...  # fmt: skip
+def pair_histogram_cpu(
+    pairing: dict[str, object], /, *, bins: int, first: float, step: float, table: int, grad: int, gradients: _Gradients,
+    isa: int,
+) -> None: ...  # fmt: skip
+def row_topk_cpu(
+    pairing: dict[str, object], /, *, count: int, classes: int, values: int, columns: int, isa: int
+) -> None: ...  # fmt: skip

@@ -1,3 +1,3 @@
 """The pair kernels of the `cpp` backend."""
 
-from . import cpp_edges  # noqa: F401  (registers its kernels)
+from . import cpp_edges, cpp_maps  # noqa: F401  (they register their kernels)
