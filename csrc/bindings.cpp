@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "bindings_pairs.h"
 #include "cpu/add_product.h"
 #include "cpu/cpu.h"
 #include "cpu/cross_entropy.h"
@@ -341,6 +342,7 @@ PYBIND11_MODULE(_C, m) {
         row_terms_cpu(args, isa);
       },
       py::arg("args"), py::arg("isa"));
+  bind_pairs(m);
   bind_edges(m);
   bind_pair_maps(m);
 #ifdef FASTLOSS_CUDA

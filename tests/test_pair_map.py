@@ -54,7 +54,9 @@ def check(p: Pairing, function: int, thresholds: tuple[Tensor | None, Tensor | N
         dtype = p.q.dtype if name in ("dq", "dk") else torch.float32
         assert a.dtype == dtype and a.shape == r.shape, name
         if a.numel():
-            check_gradient(a if a.dim() == 2 else a[None], b if b.dim() == 2 else b[None], r.reshape(-1, r.shape[-1]), dtype, k=8)
+            check_gradient(
+                a if a.dim() == 2 else a[None], b if b.dim() == 2 else b[None], r.reshape(-1, r.shape[-1]), dtype, k=8
+            )
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -93,7 +95,10 @@ def test_tails_are_relatively_exact(isa: int, function: PairFunction) -> None:
         if positive:
             ids = {"positive_rows": torch.zeros(161).int(), "positive_columns": torch.zeros(1).int()}
             p = p._replace(**ids)
-        ours, right = table("cpp", p, None, None, int(function)), table("reference", double(p), None, None, int(function))
+        ours, right = (
+            table("cpp", p, None, None, int(function)),
+            table("reference", double(p), None, None, int(function)),
+        )
         torch.testing.assert_close(ours.double(), right, rtol=1e-6, atol=1e-37)
 
 

@@ -1,5 +1,5 @@
-// pair_histogram on the CPU: the sweep of pair_sweep.inc, and a table a thread. Shares are whole numbers of units, so that
-// sums are exact: they do not depend on an order, and a table's total is the number of pairs.
+// pair_histogram on the CPU: the sweep of pair_sweep.inc, and a table a thread. Shares are whole numbers of units, so
+// that sums are exact: they do not depend on an order, and a table's total is the number of pairs.
 #include "pair_histogram.h"
 #include "pair_engine.h"
 

@@ -59,7 +59,8 @@ constexpr float kLn2Float = 0x1.62e43p-1f;
 
 // ---- The words. maximum(a, b) is b when either is NaN. `stream_pair` writes 2 * kWidth values past the cache, to an
 // address aligned to their size or to 64 bytes. `scaled(z, c, k)` is z * c - k rounded once. log1p takes (-1, 1] and is
-// off by 2 units at most; any_above(a, b): some a is not <= b, NaN too; log_near_one(t, x) is log t of a normal t whose x = t - 1 has digits that t has lost.
+// off by 2 units at most; any_above(a, b): some a is not <= b, NaN too; log_near_one(t, x) is log t of a normal t whose
+// x = t - 1 has digits that t has lost.
 
 namespace scalar {
 #define FASTLOSS_WORD static inline

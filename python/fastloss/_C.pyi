@@ -120,17 +120,31 @@ def edge_dot_cpu(args: EdgeDot, isa: int) -> None: ...
 def edge_sum_cpu(args: EdgeSum, isa: int) -> None: ...
 def edge_dot_cuda(args: EdgeDot, device: int, stream: int) -> None: ...
 def edge_sum_cuda(args: EdgeSum, device: int, stream: int) -> None: ...
-
-_Gradients = tuple[int, int, int, int]
-
 def pair_map_cpu(
-    pairing: dict[str, object], /, *, neg_threshold: int, pos_threshold: int, function: int, table: int, grad: int,
-    gradients: _Gradients, isa: int,
+    *, pairing: Pairing, neg_threshold: int, pos_threshold: int, function: int, table: int, grad: int,
+    gradients: tuple[int, int, int, int], isa: int,
 ) -> None: ...  # fmt: skip
 def pair_histogram_cpu(
-    pairing: dict[str, object], /, *, bins: int, first: float, step: float, table: int, grad: int, gradients: _Gradients,
+    *, pairing: Pairing, bins: int, first: float, step: float, table: int, grad: int, gradients: tuple[int, int, int, int],
     isa: int,
 ) -> None: ...  # fmt: skip
 def row_topk_cpu(
-    pairing: dict[str, object], /, *, count: int, classes: int, values: int, columns: int, isa: int
+    *, pairing: Pairing, count: int, classes: int, values: int, columns: int, isa: int
+) -> None: ...  # fmt: skip
+
+class Pairing:
+    """The fields of csrc/pair_stats.h; ids and bits come as addresses, 0 for none."""
+
+    def __init__(
+        self, *, q: int, k: int, m: int, n: int, d: int, ldq: int, ldk: int, dtype: int, row_scale: int,
+        column_scale: int, row_valid: int, column_valid: int, positive_rows: int, positive_columns: int,
+        positive_diagonals: list[int], excluded_rows: int, excluded_columns: int, excluded_diagonals: list[int], low: int,
+        high: int, guide_q: int, guide_k: int, guide_d: int, ld_guide_q: int, ld_guide_k: int, guide_dtype: int,
+        guide_limit: int,
+    ) -> None: ...  # fmt: skip
+
+def pair_kept_floats(m: int, n: int) -> int: ...
+def pair_stats_cpu(
+    *, pairing: Pairing, boost: int, margin: int, want: int, second: float, rows: int, columns: int, row_grad: int = 0,
+    column_grad: int = 0, gradients: tuple[int, int, int, int] = ..., kept: int, keep: int, isa: int,
 ) -> None: ...  # fmt: skip

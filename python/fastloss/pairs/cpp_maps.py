@@ -11,24 +11,22 @@ from .. import backend_cpp
 from ..compiled import _C, pointer
 from ..contract import NUM_PAIR_MAP_STATS, PairClasses, PairFunction
 from ..registry import kernel
-from .compiled_pairing import CompiledPairing, why_not_pairing
-from .pairing import PAIRING_LENGTH
+from .compiled import CompiledPairing
+from .cpp import addresses, empty_gradients, why_not
+from .pairing import PAIRING_LENGTH, Pairing
 
 NO_GRADIENTS = (0, 0, 0, 0)
 #: Above it a float32 does not tell one bin from the next.
 MOST_BINS = 1 << 24
 
 
-def _why_not(*args: Any) -> str | None:
-    return backend_cpp._missing(args[0]) or why_not_pairing(*args)
-
-
 def _why_not_backward(grad: Tensor, *args: Any) -> str | None:
-    return _why_not(*args)
+    return why_not(*args)
 
 
-def _split(args: tuple[Any, ...]) -> tuple[CompiledPairing, tuple[Any, ...]]:
-    return CompiledPairing(*args[:PAIRING_LENGTH]), args[PAIRING_LENGTH:]
+def _split(args: tuple[Any, ...]) -> tuple[Pairing, CompiledPairing, tuple[Any, ...]]:
+    pairing = Pairing(*args[:PAIRING_LENGTH])
+    return pairing, CompiledPairing(pairing), args[PAIRING_LENGTH:]
 
 
 def _upstream(grad: Tensor, *shape: int) -> Tensor:
@@ -37,25 +35,40 @@ def _upstream(grad: Tensor, *shape: int) -> Tensor:
     return grad.to(torch.float32).contiguous()
 
 
+def _nothing(gradients: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of no pair."""
+    for gradient in gradients:
+        gradient.zero_()
+    return gradients
+
+
 # ---------------------------------------------------------------------------------------------- pair_map
 
 
 def _map_fields(
-    p: CompiledPairing, neg_threshold: Tensor | None, pos_threshold: Tensor | None, function: int
-) -> tuple[Tensor | None, Tensor | None]:
+    pairing: Pairing, p: CompiledPairing, neg_threshold: Tensor | None, pos_threshold: Tensor | None, function: int
+) -> dict[str, int]:
     if function not in tuple(PairFunction):
         raise ValueError(f"unknown pair function {function}: one of {[f.name for f in PairFunction]}")
-    return p.numbers("neg_threshold", neg_threshold), p.numbers("pos_threshold", pos_threshold)
+    m = pairing.shape[0]
+    for name, values in (("neg_threshold", neg_threshold), ("pos_threshold", pos_threshold)):
+        if values is not None and values.shape != (m,):
+            raise ValueError(f"{name} must have shape [{m}], got {tuple(values.shape)}")
+    return {
+        "neg_threshold": p.address(neg_threshold, torch.float32),
+        "pos_threshold": p.address(pos_threshold, torch.float32),
+        "function": int(function),
+    }
 
 
-@kernel("pair_map", "cpp", _why_not)
+@kernel("pair_map", "cpp", why_not)
 def pair_map(*args: Any) -> Tensor:
     """The table [8, M] of docs/design.md."""
-    p, (neg_threshold, pos_threshold, function) = _split(args)
-    low, high = _map_fields(p, neg_threshold, pos_threshold, function)
-    table = torch.empty(NUM_PAIR_MAP_STATS, p.pairing.shape[0], dtype=torch.float32)
+    pairing, p, (neg_threshold, pos_threshold, function) = _split(args)
+    fields = _map_fields(pairing, p, neg_threshold, pos_threshold, function)
+    table = torch.empty(NUM_PAIR_MAP_STATS, pairing.shape[0], dtype=torch.float32)
     _C.pair_map_cpu(  # type: ignore[union-attr]
-        p.fields, neg_threshold=pointer(low), pos_threshold=pointer(high), function=int(function),
+        pairing=p.native, **fields,
         table=pointer(table), grad=0, gradients=NO_GRADIENTS, isa=backend_cpp.ISA,
     )  # fmt: skip
     return table
@@ -64,13 +77,15 @@ def pair_map(*args: Any) -> Tensor:
 @kernel("pair_map_backward", "cpp", _why_not_backward)
 def pair_map_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, drow_scale, dcolumn_scale)."""
-    p, (neg_threshold, pos_threshold, function, needs) = _split(args)
-    low, high = _map_fields(p, neg_threshold, pos_threshold, function)
-    grad = _upstream(grad, NUM_PAIR_MAP_STATS, p.pairing.shape[0])
-    made, addresses = p.gradients(needs)
+    pairing, p, (neg_threshold, pos_threshold, function, needs) = _split(args)
+    fields = _map_fields(pairing, p, neg_threshold, pos_threshold, function)
+    grad = _upstream(grad, NUM_PAIR_MAP_STATS, pairing.shape[0])
+    made = empty_gradients(pairing, needs)
+    if 0 in pairing.shape:
+        return _nothing(made)
     _C.pair_map_cpu(  # type: ignore[union-attr]
-        p.fields, neg_threshold=pointer(low), pos_threshold=pointer(high), function=int(function), table=0,
-        grad=pointer(grad), gradients=addresses, isa=backend_cpp.ISA,
+        pairing=p.native, **fields, table=0,
+        grad=pointer(grad), gradients=addresses(made), isa=backend_cpp.ISA,
     )  # fmt: skip
     return made
 
@@ -85,14 +100,14 @@ def _check_bins(bins: int, step: float) -> None:
         raise ValueError(f"a histogram has at most {MOST_BINS} bins, got {bins}")
 
 
-@kernel("pair_histogram", "cpp", _why_not)
+@kernel("pair_histogram", "cpp", why_not)
 def pair_histogram(*args: Any) -> Tensor:
     """The table [2, bins] of docs/design.md."""
-    p, (bins, first, step) = _split(args)
+    _, p, (bins, first, step) = _split(args)
     _check_bins(bins, step)
     table = torch.empty(2, bins, dtype=torch.float32)
     _C.pair_histogram_cpu(  # type: ignore[union-attr]
-        p.fields, bins=bins, first=first, step=step, table=pointer(table), grad=0, gradients=NO_GRADIENTS,
+        pairing=p.native, bins=bins, first=first, step=step, table=pointer(table), grad=0, gradients=NO_GRADIENTS,
         isa=backend_cpp.ISA,
     )  # fmt: skip
     return table
@@ -101,12 +116,14 @@ def pair_histogram(*args: Any) -> Tensor:
 @kernel("pair_histogram_backward", "cpp", _why_not_backward)
 def pair_histogram_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, drow_scale, dcolumn_scale)."""
-    p, (bins, first, step, needs) = _split(args)
+    pairing, p, (bins, first, step, needs) = _split(args)
     _check_bins(bins, step)
     grad = _upstream(grad, 2, bins)
-    made, addresses = p.gradients(needs)
+    made = empty_gradients(pairing, needs)
+    if 0 in pairing.shape:
+        return _nothing(made)
     _C.pair_histogram_cpu(  # type: ignore[union-attr]
-        p.fields, bins=bins, first=first, step=step, table=0, grad=pointer(grad), gradients=addresses,
+        pairing=p.native, bins=bins, first=first, step=step, table=0, grad=pointer(grad), gradients=addresses(made),
         isa=backend_cpp.ISA,
     )  # fmt: skip
     return made
@@ -115,18 +132,24 @@ def pair_histogram_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
 # ---------------------------------------------------------------------------------------------- row_topk
 
 
-@kernel("row_topk", "cpp", _why_not)
+def _why_not_topk(*args: Any) -> str | None:
+    if args[1].shape[0] >= 2**31:
+        return f"counts columns with 32 bits, got {args[1].shape[0]}"
+    return why_not(*args)
+
+
+@kernel("row_topk", "cpp", _why_not_topk)
 def row_topk(*args: Any) -> tuple[Tensor, Tensor]:
     """(values [M, count], columns [M, count]) of docs/design.md."""
-    p, (count, classes) = _split(args)
+    pairing, p, (count, classes) = _split(args)
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     if classes not in (PairClasses.NEGATIVE, PairClasses.POSITIVE, PairClasses.BOTH):
         raise ValueError(f"classes must be 1 (negatives), 2 (positives) or 3 (both), got {classes}")
-    values = torch.empty(p.pairing.shape[0], count, dtype=torch.float32)
-    columns = torch.empty(p.pairing.shape[0], count, dtype=torch.int64)
+    values = torch.empty(pairing.shape[0], count, dtype=torch.float32)
+    columns = torch.empty(pairing.shape[0], count, dtype=torch.int64)
     _C.row_topk_cpu(  # type: ignore[union-attr]
-        p.fields, count=count, classes=int(classes), values=pointer(values), columns=pointer(columns),
+        pairing=p.native, count=count, classes=int(classes), values=pointer(values), columns=pointer(columns),
         isa=backend_cpp.ISA,
     )  # fmt: skip
     return values, columns
