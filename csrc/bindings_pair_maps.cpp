@@ -42,7 +42,7 @@ void bind_pair_maps(py::module_ &m) {
       py::arg("table"), py::arg("grad"), py::arg("gradients"), py::arg("isa"));
   m.def(
       "pair_histogram_cpu",
-      [](const Pairing &pairing, int64_t bins, float first, float step, uintptr_t table, uintptr_t grad,
+      [](const Pairing &pairing, int64_t bins, double first, double step, uintptr_t table, uintptr_t grad,
          const Addresses &gradients, int isa) {
         const PairHistogram args = {
             pairing, bins, first, step, address<float>(table), address<float>(grad), gradients_of(gradients)};

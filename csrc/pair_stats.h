@@ -89,7 +89,7 @@ struct PairMap {
 struct PairHistogram {
   Pairing pairing;
   int64_t bins;
-  float first, step;
+  double first, step;
   float *table;      // [2][bins], forwards
   const float *grad; // [2][bins], backwards; null: forwards
   PairGradients gradients;

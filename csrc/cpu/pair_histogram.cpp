@@ -8,7 +8,7 @@
 namespace fastloss {
 namespace {
 
-constexpr float kHistogramUnit = 1 << 26; // to a pair, of which int64 then holds 2^37; a share has 24 bits itself
+constexpr double kHistogramUnit = 1 << 26; // to a pair, of which int64 then holds 2^37
 
 // The pairs between this bin and the next, and how many units of them belong to the next.
 struct HistogramBin {
@@ -49,7 +49,7 @@ void pair_histogram_cpu(const PairHistogram &args, int isa) {
   std::vector<float> slopes(static_cast<size_t>(2 * args.bins));
   for (int64_t member = 0; member < 2; ++member)
     for (int64_t n = member * args.bins; n + 1 < (member + 1) * args.bins; ++n)
-      slopes[size_t(n)] = (args.grad[n + 1] - args.grad[n]) / args.step;
+      slopes[size_t(n)] = float((double(args.grad[n + 1]) - args.grad[n]) / args.step);
   FASTLOSS_ON_ENGINE(dtype, isa, histogram_gradient_on, problem, args, slopes.data());
 }
 

@@ -16,8 +16,6 @@ from .cpp import addresses, empty_gradients, why_not
 from .pairing import PAIRING_LENGTH, Pairing
 
 NO_GRADIENTS = (0, 0, 0, 0)
-#: Above it a float32 does not tell one bin from the next.
-MOST_BINS = 1 << 24
 
 
 def _why_not_backward(grad: Tensor, *args: Any) -> str | None:
@@ -96,8 +94,6 @@ def pair_map_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor,
 def _check_bins(bins: int, step: float) -> None:
     if bins < 2 or not step > 0:
         raise ValueError(f"a histogram has at least 2 bins and a positive step, got bins={bins}, step={step}")
-    if bins > MOST_BINS:
-        raise ValueError(f"a histogram has at most {MOST_BINS} bins, got {bins}")
 
 
 @kernel("pair_histogram", "cpp", why_not)
