@@ -1,0 +1,109 @@
+"""How the pair kernels are launched: a pairing in the form that they read, the tile, and the pairs along its diagonals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .common import on_device
+from .linear_row_stats import GROUP, Tile, takes_tma
+from .pair_tiles import pair_diagonal_kernel
+
+def default_tile(item_size: int, general: bool, guided: bool, capability: tuple[int, int]) -> Tile:
+    """The largest tile that does not spill (tests/test_triton_compile.py holds that)."""
+    if item_size == 4:
+        return Tile(64, 64, 32, 8, 2) if general else Tile(64, 128, 32, 8, 2)  # no matrix instruction multiplies in fp32
+    depth = 64 if capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 32  # 8.6, 8.9, 12.x: about 100 KB of shared memory
+    if guided:
+        return Tile(64, 64, depth, 8, 3)
+    return Tile(64, 128, depth, 8, 3) if general else Tile(128, 128, depth, 8, 3)
+
+
+def numbers(x: Tensor | None) -> Tensor | None:
+    """A number a row or a column, as the kernels read it."""
+    return None if x is None else x.float().contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows with stride 1 inside; a copy only where they are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _diagonals(offsets: list[int], m: int, n: int) -> list[int]:
+    """Those that hold a pair, each once."""
+    return sorted({offset for offset in offsets if -m < offset < n})
+
+
+def _two(offsets: list[int]) -> list[int]:
+    return (offsets + [0, 0])[:2]
+
+
+class Launch:
+    """A pairing, contiguous where kernels want it, and what all its launches have in common."""
+
+    def __init__(self, pairing: tuple[Any, ...], tile: Tile | None, tma: bool | None = None) -> None:
+        (q, k, row_scale, column_scale, row_valid, column_valid, positive_rows, positive_columns, positive_diagonals,
+         excluded_rows, excluded_columns, excluded_diagonals, low, high, guide_q, guide_k, guide_limit) = pairing  # fmt: skip
+        self.q, self.k = _rows(q), _rows(k)
+        (self.m, self.d), self.n = q.shape, k.shape[0]
+        self.row_scale, self.column_scale = numbers(row_scale), numbers(column_scale)
+        self.row_valid, self.column_valid, self.excluded_rows, self.excluded_columns, lists_rows, lists_columns = (
+            None if t is None else t.contiguous()
+            for t in (row_valid, column_valid, excluded_rows, excluded_columns, positive_rows, positive_columns)
+        )
+        self.positive_diagonals = _diagonals(positive_diagonals, self.m, self.n)
+        self.excluded_diagonals = _diagonals(excluded_diagonals, self.m, self.n)
+        guided = guide_q is not None
+        guide_q, guide_k = (None if t is None else _rows(t) for t in (guide_q, guide_k))
+        self.in_tile = lists_rows is not None  # positives beyond diagonals
+        self.diagonals_apart = bool(self.positive_diagonals) and not self.in_tile
+        self.general = self.in_tile or excluded_rows is not None or low is not None or high is not None or guided
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+        item_size = max(q.element_size(), guide_q.element_size() if guide_q is not None else 0)
+        self.tile = tile or default_tile(item_size, self.general, guided, capability)
+        self.tma = takes_tma(self.q, self.k, capability) if tma is None else tma
+        self.classes = (self.row_scale, self.column_scale, self.row_valid, self.column_valid, lists_rows, lists_columns,
+                        self.excluded_rows, self.excluded_columns, numbers(low), numbers(high), guide_q, guide_k,
+                        numbers(guide_limit))  # fmt: skip
+        self.sizes = (self.m, self.n, self.d, 0 if guide_q is None else guide_q.shape[1])
+        self.strides = (*(t.stride(0) for t in (self.q, self.k)), *(0 if t is None else t.stride(0) for t in (guide_q, guide_k)))
+        self.offsets = (*_two(self.positive_diagonals), *_two(self.excluded_diagonals))
+        guide_is_fp32 = guide_q is not None and guide_q.dtype == torch.float32
+        self.options = dict(
+            GENERAL=self.general, POSITIVE=self.in_tile, PD=len(self.positive_diagonals), ED=len(self.excluded_diagonals),
+            BM=self.tile.rows, BN=self.tile.columns, BK=self.tile.depth, GROUP=GROUP, EVEN_D=self.d % self.tile.depth == 0,
+            TMA=self.tma, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            GUIDE_PRECISION="ieee" if guide_is_fp32 else "tf32", UPCAST=not q.is_cuda,
+            num_warps=self.tile.warps, num_stages=self.tile.stages,
+        )  # fmt: skip
+
+    def operands(self) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+        """q and k, or descriptors of them for the copy engine."""
+        if not self.tma:
+            return self.q, self.k
+        q, k = (
+            TensorDescriptor.from_tensor(t, [rows, self.tile.depth])
+            for t, rows in ((self.q, self.tile.rows), (self.k, self.tile.columns))
+        )
+        return q, k
+
+    def empty(self, *shape: int) -> Tensor:
+        """Uninitialised fp32 on the operands' device."""
+        return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+
+    def diagonal_scores(self, margin: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """z less the margin, and 1 (or 0: no such pair), of the positives on each diagonal, [diagonals, M]."""
+        if not self.diagonals_apart:
+            return None, None
+        scores, there = (self.empty(len(self.positive_diagonals), self.m) for _ in range(2))
+        with on_device(self.q):
+            pair_diagonal_kernel[(triton.cdiv(self.m, 64), len(scores))](
+                self.q, self.k, self.row_scale, self.column_scale, self.row_valid, self.column_valid, self.excluded_rows,
+                self.excluded_columns, margin, scores, there, *self.sizes[:3], *self.strides[:2], *self.offsets,
+                ED=len(self.excluded_diagonals), BM=64, BK=64,
+            )  # fmt: skip
+        return scores, there
