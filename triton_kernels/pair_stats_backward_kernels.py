@@ -6,7 +6,7 @@ import triton.language as tl
 from .common import INF, NEG_INF, absent_if_empty, exp, finite, wide
 from .linear_row_stats_kernels import place
 from .pair_stats_kernels import COLUMNS, MEAN, NEG_MAX, NEG_MEAN, NEG_SECOND, NEG_SUM, POS_MAX, POS_SUM, POS_TOTAL, SECOND
-from .pair_tiles import pair_tile, scale_or_one
+from .pair_tiles import negative_scores, pair_tile, scale_or_one
 
 
 @triton.jit
@@ -52,21 +52,23 @@ def negative_gradient(x, rows, row_grad, columns, column_grad, i, j, M, N, strid
         if top - bottom < 40.0:
             top = finite(top)
             row_share = exp((top - m) - logsum)
-            by = (g * row_share)[:, None] + (h * exp((top - column_max) - column_logsum))[None, :]
+            shares = (g * row_share)[:, None] + (h * exp((top - column_max) - column_logsum))[None, :]
             if MEAN & WANT:
-                by += (g_mean * row_share)[:, None] * moved
-            dz = exp(x - top) * by
+                shares += (g_mean * row_share)[:, None] * moved
+            dz = exp(x - top) * shares
         else:
-            by = g[:, None]
+            dz = exp((x - m[:, None]) - logsum[:, None])
             if MEAN & WANT:
-                by = by + g_mean[:, None] * moved
-            dz = by * exp((x - m[:, None]) - logsum[:, None])
+                dz = dz * (g[:, None] + g_mean[:, None] * moved)
+            else:
+                dz = dz * g[:, None]
             dz += h[None, :] * exp((x - column_max[None, :]) - column_logsum[None, :])
     else:
-        by = g[:, None]
+        dz = exp((x - m[:, None]) - logsum[:, None])
         if MEAN & WANT:
-            by = by + g_mean[:, None] * moved
-        dz = by * exp((x - m[:, None]) - logsum[:, None])
+            dz = dz * (g[:, None] + g_mean[:, None] * moved)
+        else:
+            dz = dz * g[:, None]
     if SECOND & WANT:
         log_second = absent_if_empty(tl.load(rows + NEG_SECOND * stride_rows + i, mask=inside, other=NEG_INF))
         g_second = second * upstream_of_set(row_grad, stride_row_grad, i, inside, log_second, NEG_SECOND)
@@ -90,12 +92,13 @@ def pair_gradient_kernel(q, k, row_scale, column_scale, row_valid, column_valid,
     column0 = part * BN
     i = row0 + tl.arange(0, BM)
     j = column0 + tl.arange(0, BN)
-    z, x, negative, positive = pair_tile(
+    z, negative, positive = pair_tile(
         q, k, row_scale, column_scale, row_valid, column_valid, positive_rows, positive_columns, excluded_rows,
-        excluded_columns, low, high, guide_q, guide_k, guide_limit, boost, i, j, row0, column0, M, N, D, E, stride_q, stride_k,
+        excluded_columns, low, high, guide_q, guide_k, guide_limit, i, j, row0, column0, M, N, D, E, stride_q, stride_k,
         stride_guide_q, stride_guide_k, p0, p1, e0, e1, GENERAL, POSITIVE, PD, ED, BM, BN, BK, EVEN_D, TMA, PRECISION,
         GUIDE_PRECISION, UPCAST
     )  # fmt: skip
+    x = negative_scores(z, negative, boost, i, M, GENERAL)
     dz = negative_gradient(x, rows, row_grad, columns, column_grad, i, j, M, N, stride_rows, stride_row_grad,
                            stride_columns, stride_column_grad, second, WANT)  # fmt: skip
     if POSITIVE:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .common import INF, NAN, NEG_INF, exp, finite, wide
 from .linear_row_stats_kernels import place
-from .pair_tiles import counts, pair_tile
+from .pair_tiles import counts, negative_scores, pair_tile
 
 # Bits of `want`, and planes of the tables and of the partial states, as in csrc/pair_stats.h. In a partial state a log-sum is
 # still a sum, relative to its max, and the mean still a first moment.
@@ -51,9 +51,9 @@ def pair_stats_kernel(q, k, row_scale, column_scale, row_valid, column_valid, po
         column0 = tile * BN
         j = column0 + tl.arange(0, BN)
         inside = j < N
-        z, x, negative, positive = pair_tile(
+        z, negative, positive = pair_tile(
             q, k, row_scale, column_scale, row_valid, column_valid, positive_rows, positive_columns, excluded_rows,
-            excluded_columns, low, high, guide_q, guide_k, guide_limit, boost, i, j, row0, column0, M, N, D, E, stride_q,
+            excluded_columns, low, high, guide_q, guide_k, guide_limit, i, j, row0, column0, M, N, D, E, stride_q,
             stride_k, stride_guide_q, stride_guide_k, p0, p1, e0, e1, GENERAL, POSITIVE, PD, ED, BM, BN, BK, EVEN_D, TMA,
             PRECISION, GUIDE_PRECISION, UPCAST
         )  # fmt: skip
@@ -69,14 +69,15 @@ def pair_stats_kernel(q, k, row_scale, column_scale, row_valid, column_valid, po
             if COLUMNS & WANT:
                 tl.store(out + POS_COUNT * plane, here, mask=inside)
             if tl.max(here, 0) > 0:
+                less = z
                 if margin is not None:
-                    z = z - tl.load(margin + i, mask=i < M, other=0.0)[:, None]
+                    less = z - tl.load(margin + i, mask=i < M, other=0.0)[:, None]
                 positives += tl.sum(one, 1)
-                own = tl.where(positive, z, 0.0)
+                own = tl.where(positive, less, 0.0)
                 total += tl.sum(own, 1)
                 if COLUMNS & WANT:
                     tl.store(out + POS_TOTAL * plane, tl.sum(own, 0), mask=inside)
-                own = tl.where(positive, z, NEG_INF)
+                own = tl.where(positive, less, NEG_INF)
                 higher = tl.maximum(m_positive, tl.max(own, 1))
                 ref = finite(higher)
                 positive_sum = positive_sum * exp(m_positive - ref) + tl.sum(exp(own - ref[:, None]), 1)
@@ -89,6 +90,7 @@ def pair_stats_kernel(q, k, row_scale, column_scale, row_valid, column_valid, po
                 tl.store(out + POS_MAX * plane, tl.where(inside, NEG_INF, NEG_INF), mask=inside)
                 tl.store(out + POS_SUM * plane, here, mask=inside)
                 tl.store(out + POS_TOTAL * plane, here, mask=inside)
+        x = negative_scores(z, negative, boost, i, M, GENERAL)
         higher = tl.maximum(m, tl.max(x, 1))
         ref = finite(higher)
         d = x - ref[:, None]

@@ -38,16 +38,21 @@ def on_diagonals(i, j, offset, second_offset, DIAGONALS: tl.constexpr):
 
 
 @triton.jit
-def listed(rows, columns, i, j, row0, M, N):
-    """Which pairs of the tile have equal ids, or, without `columns`, their bit set?"""
+def listed(rows, columns, i, j, column0, M, N, BN: tl.constexpr):
+    """Which pairs of the tile have equal ids, or, without `columns`, their bit set? column0 is a multiple of 32."""
     if columns is not None:
         a = tl.load(rows + i, mask=i < M, other=0)
         b = tl.load(columns + j, mask=j < N, other=0)
         return a[:, None] == b[None, :]
     else:
+        # A few words a row, spread by selects: a load for each element would need an address for each.
         words = tl.cdiv(N, 32)
-        at = rows + wide(row0) * words + ((i - row0)[:, None] * words + (j // 32)[None, :])
-        word = tl.load(at, mask=(i < M)[:, None] & (j < N)[None, :], other=0)
+        first = column0 // 32
+        place = j // 32 - first
+        word = tl.zeros([1, BN], tl.int32)
+        for n in tl.static_range(BN // 32):
+            next_word = tl.load(rows + wide(i) * words + (first + n), mask=(i < M) & (i * 0 + first + n < words), other=0)
+            word = tl.where((place == n)[None, :], next_word[:, None], word)
         return ((word >> (j % 32)[None, :]) & 1) != 0
 
 
@@ -71,36 +76,33 @@ def all_count(valid, inside, row0, M, BM: tl.constexpr):
 
 @triton.jit
 def pair_tile(q, k, row_scale, column_scale, row_valid, column_valid, positive_rows, positive_columns, excluded_rows,
-              excluded_columns, low, high, guide_q, guide_k, guide_limit, boost, i, j, row0, column0, M, N, D, E, stride_q,
+              excluded_columns, low, high, guide_q, guide_k, guide_limit, i, j, row0, column0, M, N, D, E, stride_q,
               stride_k, stride_guide_q, stride_guide_k, p0, p1, e0, e1, GENERAL: tl.constexpr, POSITIVE: tl.constexpr,
               PD: tl.constexpr, ED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
               EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
               UPCAST: tl.constexpr):  # fmt: skip
-    """One tile: (z, x, negative, positive). x is the z of negatives times `boost`, -inf elsewhere.
+    """One tile: (z, negative, positive); `negative_scores` makes of the first two what the sums over negatives take.
 
     PD and ED count the diagonals p0, p1 of positives and e0, e1 of exclusions. GENERAL: more than diagonals and validity decides.
-    Then `negative` is a mask, else it is not made. POSITIVE: positives are given by ids or bits, and `positive` is a mask;
-    else they lie on diagonals, which are only taken out of x here (pair_diagonal_kernel reads them).
+    Then `negative` is a mask, else it is not made and z is -inf where no negative is. POSITIVE: positives are given by ids or bits,
+    and `positive` is a mask; else they lie on diagonals, which are only left out here (pair_diagonal_kernel reads them).
     """
     z = tile_product(q, k, row0, column0, M, N, D, stride_q, stride_k, BM, BN, BK, EVEN_D, TMA, PRECISION, UPCAST)
     z = z * tl.load(row_scale + i, mask=i < M, other=0.0)[:, None]
     if column_scale is not None:
         z = z * tl.load(column_scale + j, mask=j < N, other=0.0)[None, :]
     row_counts, column_counts = counts(row_valid, i, M), counts(column_valid, j, N)
-    x = z
-    if boost is not None:
-        x = z * tl.load(boost + i, mask=i < M, other=0.0)[:, None]
     if GENERAL:
         allowed = row_counts[:, None] & column_counts[None, :]
         if excluded_rows is not None:
-            allowed = allowed & (listed(excluded_rows, excluded_columns, i, j, row0, M, N) == 0)
+            allowed = allowed & (listed(excluded_rows, excluded_columns, i, j, column0, M, N, BN) == 0)
         if ED:
             if cross(row0, column0, e0, e1, ED, BM, BN):
                 allowed = allowed & (on_diagonals(i, j, e0, e1, ED) == 0)
         negative = allowed
         positive = allowed
         if POSITIVE:
-            positive = listed(positive_rows, positive_columns, i, j, row0, M, N)
+            positive = listed(positive_rows, positive_columns, i, j, column0, M, N, BN)
             if PD:
                 if cross(row0, column0, p0, p1, PD, BM, BN):
                     positive = positive | on_diagonals(i, j, p0, p1, PD)
@@ -117,18 +119,32 @@ def pair_tile(q, k, row_scale, column_scale, row_valid, column_valid, positive_r
             guide = tile_product(guide_q, guide_k, row0, column0, M, N, E, stride_guide_q, stride_guide_k, BM, BN, BK, False,
                                  False, GUIDE_PRECISION, UPCAST)  # fmt: skip
             negative = negative & ((guide > tl.load(guide_limit + i, mask=i < M, other=0.0)[:, None]) == 0)
-        return z, tl.where(negative, x, NEG_INF), negative, positive
+        return z, negative, positive
     else:
         if ED:
             if cross(row0, column0, e0, e1, ED, BM, BN):
-                x = tl.where(on_diagonals(i, j, e0, e1, ED), NEG_INF, x)
+                z = tl.where(on_diagonals(i, j, e0, e1, ED), NEG_INF, z)
         if PD:
             if cross(row0, column0, p0, p1, PD, BM, BN):
-                x = tl.where(on_diagonals(i, j, p0, p1, PD), NEG_INF, x)
+                z = tl.where(on_diagonals(i, j, p0, p1, PD), NEG_INF, z)
         whole = all_count(row_valid, row_counts, row0, M, BM) & all_count(column_valid, column_counts, column0, N, BN)
         if whole == 0:  # a select and not an added -inf: what does not count may be NaN
-            x = tl.where(row_counts[:, None] & column_counts[None, :], x, NEG_INF)
-        return z, x, x, x
+            z = tl.where(row_counts[:, None] & column_counts[None, :], z, NEG_INF)
+        return z, z, z
+
+
+@triton.jit
+def negative_scores(z, negative, boost, i, M, GENERAL: tl.constexpr):
+    """z of the negatives, times `boost` of their rows; -inf elsewhere."""
+    x = z
+    if boost is not None:
+        f = tl.load(boost + i, mask=i < M, other=1.0)[:, None]
+        x = z * f
+    if GENERAL:
+        x = tl.where(negative, x, NEG_INF)
+    elif boost is not None:
+        x = tl.where(z == NEG_INF, NEG_INF, x)  # whatever the sign of the boost
+    return x
 
 
 @triton.jit
