@@ -20,7 +20,7 @@ Q, K, ROW_SCALE, COLUMN_SCALE = 1, 2, 4, 8  # bits of `needs`
 SCRATCH_BYTES = 256 << 20
 
 
-def _largest(*tensors: Tensor) -> Tensor:
+def largest(*tensors: Tensor) -> Tensor:
     """The largest finite absolute value of all, a device scalar."""
     return torch.stack([torch.where(t.isfinite(), t.abs(), 0.0).amax().float() for t in tensors if t.numel()]).amax()
 
@@ -56,7 +56,7 @@ class _Side:
 class PairGradients:
     """The chunks of one backward. `row_factor` and `column_factor` multiply the gradient of z in the scratch, as does *lift."""
 
-    def __init__(self, launch: Launch, needs: int, upstream: tuple[Tensor, ...], gain: float, chunk: int | None) -> None:
+    def __init__(self, launch: Launch, needs: int, upstream: tuple[Tensor, ...], gain: float | Tensor, chunk: int | None) -> None:
         """upstream: what multiplies terms of at most `gain`; fp16 is lifted by their size."""
         self.launch = launch
         self.needs = needs if launch.column_scale is not None else needs & ~COLUMN_SCALE
@@ -65,9 +65,9 @@ class PairGradients:
         self.row_factor, self.column_factor = self.rows.factor, self.columns.factor
         self.lift = self.unlift = None
         if launch.q.dtype == torch.float16:
-            bound = gain * _largest(*upstream) * _largest(self.row_factor)
+            bound = gain * largest(*upstream) * largest(self.row_factor)
             if self.column_factor is not None:
-                bound = bound * _largest(self.column_factor)
+                bound = bound * largest(self.column_factor)
             self.lift, self.unlift = lift_of(bound, torch.float16)
         rows = chunk or max(1024, SCRATCH_BYTES // (launch.n * launch.q.element_size()))
         self.chunk = min(launch.m, whole_tiles(rows, launch.tile.rows))

@@ -16,20 +16,13 @@ from torch import Tensor
 from .common import on_device, row_table
 from .linear_row_stats import Tile, split_count
 from .pair_gradient import PairGradients
-from .pair_launch import Launch, numbers
+from .pair_launch import Launch, numbers, padded
 from .pair_stats_backward_kernels import pair_diagonal_gradient_kernel, pair_gradient_kernel
-from .pair_stats_kernels import COLUMNS, NUM_COLUMN_STATS, NUM_ROW_STATS, pair_merge_kernel, pair_stats_kernel
+from .pair_stats_kernels import COLUMNS, MEAN, NUM_COLUMN_STATS, NUM_ROW_STATS, SECOND, pair_merge_kernel, pair_stats_kernel
 
 #: Partial states of columns that are held at a time.
 COLUMN_BYTES = 128 << 20
 MERGE_BLOCK = 128
-
-
-def _other_count(valid: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """How many rows (or columns) count, on the device."""
-    if valid is None:
-        return torch.full((1,), float(size), dtype=torch.float32, device=like.device)
-    return (valid != 0).sum(dtype=torch.float32).view(1)
 
 
 class _Merge:
@@ -37,21 +30,24 @@ class _Merge:
 
     def __init__(self, launch: Launch, scores: Tensor | None, there: Tensor | None, want: int, second: float) -> None:
         self.launch, self.apart, self.want, self.second = launch, (scores, there), want, second
-        self.removed = sorted({*launch.positive_diagonals, *launch.excluded_diagonals})
 
     def __call__(self, part: Tensor, table: Tensor, rows: bool, first: bool = True, last: bool = True) -> None:
         x = self.launch
         size, other = (x.m, x.n) if rows else (x.n, x.m)
         valid = (x.row_valid, x.column_valid) if rows else (x.column_valid, x.row_valid)
-        count = _other_count(valid[1], other, part) if last and not x.general else None
+        count = x.count_of(valid[1], other) if last and not x.general else None
         shifts = [0, 0] if rows else x.offsets[:2]
-        away = [offset if rows else -offset for offset in self.removed]
+        away = [offset if rows else -offset for offset in x.removed]
         pair_merge_kernel[(triton.cdiv(size, MERGE_BLOCK),)](
             part, table, *self.apart, *valid, count, part.shape[1], self.second, size, other, x.m, *shifts,
-            *(away + [0] * 4)[:4], ROWS=rows, WANT=self.want, GENERAL=x.general, POSITIVE=x.in_tile,
+            *padded(away, 4), ROWS=rows, WANT=self.want, GENERAL=x.general, POSITIVE=x.in_tile,
             PD=len(x.positive_diagonals) if x.diagonals_apart else 0, REMOVED=len(away), FIRST=first, LAST=last,
             BLOCK=MERGE_BLOCK,
         )  # fmt: skip
+
+
+def _extras(boost: Tensor | None, margin: Tensor | None, want: int) -> int:
+    return (boost is not None) + (margin is not None) + bool(want & MEAN.value) + bool(want & SECOND.value)
 
 
 def pair_stats(
@@ -67,10 +63,10 @@ def pair_stats(
     tma: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """rows [9, M] and columns [7, N] ([7, 0] if not wanted); `chunk` row blocks have their columns merged at a time."""
-    launch = Launch(pairing, tile, tma)
-    m, n, want = launch.m, launch.n, int(want)
-    boost, margin = numbers(boost), numbers(margin)
+    want, boost, margin = int(want), numbers(boost), numbers(margin)
     columns_wanted = bool(want & COLUMNS.value)
+    launch = Launch(pairing, tile, tma, _extras(boost, margin, want), columns_wanted)
+    m, n = launch.m, launch.n
     row_blocks = triton.cdiv(m, launch.tile.rows)
     limit = max(8, COLUMN_BYTES // (4 * NUM_COLUMN_STATS * n)) if columns_wanted else row_blocks
     chunk = min(row_blocks, chunk or limit)
@@ -111,8 +107,8 @@ def pair_stats_backward(
     tma: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, drow_scale, dcolumn_scale, each empty unless needed; `chunk` rows of the scratch at a time."""
-    launch = Launch(pairing, tile, tma)
-    boost, margin, want = numbers(boost), numbers(margin), int(want)
+    want, boost, margin = int(want), numbers(boost), numbers(margin)
+    launch = Launch(pairing, tile, tma, _extras(boost, margin, want), bool(want & COLUMNS.value), gradient=True)
     tables = tuple(row_table(t.float()) for t in (rows, row_grad, columns, column_grad))
     table_strides = tuple(t.stride(0) for t in tables)
     read = (row_grad[1], row_grad[3:5], row_grad[7:9], column_grad[1], column_grad[3:5])

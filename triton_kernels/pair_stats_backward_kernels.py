@@ -6,7 +6,7 @@ import triton.language as tl
 from .common import INF, NEG_INF, absent_if_empty, exp, finite, wide
 from .linear_row_stats_kernels import place
 from .pair_stats_kernels import COLUMNS, MEAN, NEG_MAX, NEG_MEAN, NEG_SECOND, NEG_SUM, POS_MAX, POS_SUM, POS_TOTAL, SECOND
-from .pair_tiles import negative_scores, pair_tile, scale_or_one
+from .pair_tiles import negative_scores, pair_tile, scale_or_one, store_gradient
 
 
 @triton.jit
@@ -115,15 +115,7 @@ def pair_gradient_kernel(q, k, row_scale, column_scale, row_valid, column_valid,
                 own += h[None, :] * exp((z - m[None, :]) - logsum[None, :])
                 own += upstream(column_grad, stride_column_grad, j, j < N, POS_TOTAL)[None, :]
             dz = tl.where(positive, own, dz)
-    by = tl.load(row_factor + i, mask=i < M, other=0.0)
-    if lift is not None:
-        by *= tl.load(lift)
-    dz = dz * by[:, None]
-    if column_factor is not None:
-        dz = dz * tl.load(column_factor + j, mask=j < N, other=0.0)[None, :]
-    out = scratch + wide(block * BM) * N + ((i - row0)[:, None] * N + j[None, :])
-    keep = (i < first + count)[:, None] & (j < N)[None, :]
-    tl.store(out, dz.to(scratch.dtype.element_ty), mask=keep)
+    store_gradient(scratch, dz, row_factor, column_factor, lift, i, j, row0, first, count, M, N)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .common import INF, NAN, NEG_INF, exp, finite, wide
 from .linear_row_stats_kernels import place
-from .pair_tiles import counts, negative_scores, pair_tile
+from .pair_tiles import count_negatives, negative_scores, pair_tile
 
 # Bits of `want`, and planes of the tables and of the partial states, as in csrc/pair_stats.h. In a partial state a log-sum is
 # still a sum, relative to its max, and the mean still a first moment.
@@ -196,12 +196,7 @@ def pair_merge_kernel(part, table, scores, there, valid, other_valid, other_coun
             positives += tl.load(p + POS_COUNT * plane, mask=keep, other=0.0)
     if LAST:
         if not GENERAL:
-            counted = counts(valid, at, SIZE)
-            negatives = tl.where(counted, tl.load(other_count), 0.0)
-            for n in tl.static_range(REMOVED):
-                other = at + (r0 if n == 0 else (r1 if n == 1 else (r2 if n == 2 else r3)))
-                taken = counted & counts(other_valid, tl.where(other < 0, OTHER, other), OTHER)
-                negatives -= tl.where(taken, 1.0, 0.0)
+            negatives = count_negatives(at, valid, other_valid, other_count, SIZE, OTHER, r0, r1, r2, r3, REMOVED)
         for diagonal in tl.static_range(PD):
             source = at - (s0 if diagonal == 0 else s1)
             real = keep & (source >= 0) & (source < M)

@@ -84,8 +84,8 @@ def pair_tile(q, k, row_scale, column_scale, row_valid, column_valid, positive_r
     """One tile: (z, negative, positive); `negative_scores` makes of the first two what the sums over negatives take.
 
     PD and ED count the diagonals p0, p1 of positives and e0, e1 of exclusions. GENERAL: more than diagonals and validity decides.
-    Then `negative` is a mask, else it is not made and z is -inf where no negative is. POSITIVE: positives are given by ids or bits,
-    and `positive` is a mask; else they lie on diagonals, which are only left out here (pair_diagonal_kernel reads them).
+    Then `negative` is a mask, else it is not made and z is -inf where no negative is. POSITIVE: `positive` is a mask too. Without it
+    positives lie on diagonals, which are only left out here (pair_diagonal_kernel reads them).
     """
     z = tile_product(q, k, row0, column0, M, N, D, stride_q, stride_k, BM, BN, BK, EVEN_D, TMA, PRECISION, UPCAST)
     z = z * tl.load(row_scale + i, mask=i < M, other=0.0)[:, None]
@@ -102,7 +102,9 @@ def pair_tile(q, k, row_scale, column_scale, row_valid, column_valid, positive_r
         negative = allowed
         positive = allowed
         if POSITIVE:
-            positive = listed(positive_rows, positive_columns, i, j, column0, M, N, BN)
+            positive = tl.zeros([BM, BN], tl.int1)
+            if positive_rows is not None:
+                positive = listed(positive_rows, positive_columns, i, j, column0, M, N, BN)
             if PD:
                 if cross(row0, column0, p0, p1, PD, BM, BN):
                     positive = positive | on_diagonals(i, j, p0, p1, PD)
@@ -145,6 +147,32 @@ def negative_scores(z, negative, boost, i, M, GENERAL: tl.constexpr):
     elif boost is not None:
         x = tl.where(z == NEG_INF, NEG_INF, x)  # whatever the sign of the boost
     return x
+
+
+@triton.jit
+def count_negatives(at, valid, other_valid, other_count, SIZE, OTHER, r0, r1, r2, r3, REMOVED: tl.constexpr):
+    """Negatives of each row (or column) where validity and diagonals alone decide: those of the other side that count, less the
+    REMOVED ones at distance r0..r3."""
+    counted = counts(valid, at, SIZE)
+    total = tl.where(counted, tl.load(other_count), 0.0)
+    for n in tl.static_range(REMOVED):
+        other = at + (r0 if n == 0 else (r1 if n == 1 else (r2 if n == 2 else r3)))
+        taken = counted & counts(other_valid, tl.where(other < 0, OTHER, other), OTHER)
+        total -= tl.where(taken, 1.0, 0.0)
+    return total
+
+
+@triton.jit
+def store_gradient(scratch, dz, row_factor, column_factor, lift, i, j, row0, first, count, M, N):
+    """dz to rows first : first + count of the scratch, which holds the gradient of <q, k>, times *lift, in its own dtype."""
+    by = tl.load(row_factor + i, mask=i < M, other=0.0)
+    if lift is not None:
+        by *= tl.load(lift)
+    dz = dz * by[:, None]
+    if column_factor is not None:
+        dz = dz * tl.load(column_factor + j, mask=j < N, other=0.0)[None, :]
+    out = scratch + wide(row0 - first) * N + ((i - row0)[:, None] * N + j[None, :])
+    tl.store(out, dz.to(scratch.dtype.element_ty), mask=(i < first + count)[:, None] & (j < N)[None, :])
 
 
 @triton.jit
