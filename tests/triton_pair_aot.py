@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastloss.triton_kernels import pair_stats_backward_kernels, pair_stats_kernels, pair_tiles
+from fastloss.triton_kernels import (
+    edge_dot,
+    pair_map_kernels,
+    pair_stats_backward_kernels,
+    pair_stats_kernels,
+    pair_tiles,
+    row_topk,
+)
 from fastloss.triton_kernels.linear_row_stats import GROUP, Tile
-from fastloss.triton_kernels.pair_launch import default_tile
+from fastloss.triton_kernels.pair_launch import default_tile, register_load
 from triton.compiler import ASTSource
 
 from triton_aot import CAPABILITY, ITEM_SIZE, Cost, measure
@@ -19,7 +26,7 @@ TENSORS = {
     "margin": ("margin",), "thresholds": ("neg_threshold", "pos_threshold"),
 }  # fmt: skip
 OPTIONAL = {*sum(TENSORS.values(), ()), "lift", "other_valid"}
-DATA, GUIDES = {"q", "k", "scratch", "x"}, {"guide_q", "guide_k"}
+DATA, GUIDES = {"q", "k", "scratch", "x", "sums"}, {"guide_q", "guide_k"}
 INT32 = {"positive_rows", "positive_columns", "excluded_rows", "excluded_columns"}
 BYTES = {"row_valid", "column_valid", "valid", "other_valid"}
 INT64 = {"keys", "edge_rows", "edge_columns", "pointer", "source"}
@@ -47,10 +54,15 @@ class PairCase(NamedTuple):
 def _tiled(case: PairCase) -> tuple[dict[str, Any], dict[str, int]]:
     """(compile-time arguments, warps and stages) of a kernel over tiles, as pair_launch.Launch chooses them."""
     has = {*case.features}
-    positive = bool(has & {"ids", "bits"})
-    general = positive or bool(has & {"excluded ids", "excluded bits", "window", "guide"})
+    ranked, gradient, statistics = case.kernel == "row_topk", "gradient" in case.kernel, not case.kernel.startswith("pair_map")
+    positive = bool(has & {"ids", "bits"}) or (ranked and case.want & 2 > 0)
+    general = positive or ranked or bool(has & {"excluded ids", "excluded bits", "window", "guide"})
+    extras = len(has & {"boost"}) + (bin(case.want & 6).count("1") if statistics and not ranked else 0)
+    if general:
+        extras += len(has & {"margin", "column scale", "valid", "excluded ids", "excluded bits"}) + 2 * ("window" in has)
+    load = register_load(general, ranked or bool(has & {"bits", "excluded bits", "guide"}), extras, bool(statistics and case.want & 1))
     size = ITEM_SIZE[case.dtype]
-    tile = case.tile or default_tile(size, general, "guide" in has, CAPABILITY[case.target])
+    tile = case.tile or default_tile(size, load, gradient, CAPABILITY[case.target], case.tma)
     precision = "ieee" if size == 4 else "tf32"
     meta = dict(
         GENERAL=general, POSITIVE=positive, PD=int("diagonal" in has), ED=int("excluded diagonal" in has), BM=tile.rows,
@@ -62,20 +74,32 @@ def _tiled(case: PairCase) -> tuple[dict[str, Any], dict[str, int]]:
 
 def options(case: PairCase) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """(kernel, compile-time arguments, warps and stages)."""
-    has = {*case.features}
-    diagonals = dict(PD=int("diagonal" in has), ED=int("excluded diagonal" in has))
-    if case.kernel in ("pair_stats", "pair_gradient"):
-        module = pair_stats_kernels if case.kernel == "pair_stats" else pair_stats_backward_kernels
+    has, four = {*case.features}, dict(num_warps=4)
+    pd, ed = int("diagonal" in has), int("excluded diagonal" in has)
+    own = {
+        "pair_stats": (pair_stats_kernels.pair_stats_kernel, dict(WANT=case.want)),
+        "pair_gradient": (pair_stats_backward_kernels.pair_gradient_kernel, dict(WANT=case.want)),
+        "pair_map": (pair_map_kernels.pair_map_kernel, dict(FUNCTION=case.want)),
+        "pair_map_gradient": (pair_map_kernels.pair_map_gradient_kernel, dict(FUNCTION=case.want)),
+        "row_topk": (row_topk.row_topk_kernel, dict(CLASSES=case.want, LIST=row_topk.LONGEST)),
+    }
+    if case.kernel in own:
+        kernel, more = own[case.kernel]
         meta, launch = _tiled(case)
-        return getattr(module, f"{case.kernel}_kernel"), dict(meta, WANT=case.want), launch
+        return kernel, meta | more, launch
+    merged = dict(GENERAL="ids" in has, PD=pd, REMOVED=pd + ed, BLOCK=128)
     if case.kernel in ("merge_rows", "merge_columns"):
-        meta = dict(ROWS=case.kernel == "merge_rows", WANT=case.want, GENERAL="ids" in has, POSITIVE="ids" in has,
-                    PD=diagonals["PD"], REMOVED=sum(diagonals.values()), FIRST="first" in has, LAST=True, BLOCK=128)  # fmt: skip
-        return pair_stats_kernels.pair_merge_kernel, meta, dict(num_warps=4)
-    if case.kernel == "diagonal":
-        return pair_tiles.pair_diagonal_kernel, dict(ED=diagonals["ED"], BM=64, BK=64), dict(num_warps=4)
-    kernel = pair_stats_backward_kernels.pair_diagonal_gradient_kernel
-    return kernel, dict(WANT=case.want, BLOCK=128), dict(num_warps=4)
+        more = dict(ROWS=case.kernel == "merge_rows", WANT=case.want, POSITIVE="ids" in has, FIRST="first" in has, LAST="last" in has)
+        return pair_stats_kernels.pair_merge_kernel, merged | more, four
+    others = {
+        "diagonal": (pair_tiles.pair_diagonal_kernel, dict(ED=ed, BM=64, BK=64)),
+        "diagonal_gradient": (pair_stats_backward_kernels.pair_diagonal_gradient_kernel, dict(WANT=case.want, BLOCK=128)),
+        "map_merge": (pair_map_kernels.pair_map_merge_kernel, dict(merged, FUNCTION=case.want)),
+        "map_diagonal": (pair_map_kernels.pair_map_diagonal_kernel, dict(FUNCTION=case.want, BLOCK=128)),
+        "edge_dot": (edge_dot.edge_dot_kernel, dict(BLOCK=edge_dot.EDGES, BK=edge_dot.DEPTH)),
+        "edge_sum": (edge_dot.edge_sum_kernel, dict(BLOCK=edge_dot.SUM_EDGES, BK=edge_dot.SUM_DEPTH)),
+    }
+    return *others[case.kernel], four
 
 
 def _type(case: PairCase, name: str, meta: dict[str, Any]) -> str:

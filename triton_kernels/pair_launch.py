@@ -17,6 +17,15 @@ from .pair_tiles import pair_diagonal_kernel
 ROWS, BOTH, RICH, MASKED, HEAVY = range(5)
 
 
+def register_load(general: bool, hard: bool, extras: int, columns: bool) -> int:
+    """hard: bits, a guide or lists of the largest; extras: what else a tile looks up for its rows or columns."""
+    if hard or (general and extras > 1):
+        return HEAVY
+    if general:
+        return MASKED
+    return RICH if extras else BOTH if columns else ROWS
+
+
 def default_tile(item_size: int, load: int, gradient: bool, capability: tuple[int, int], tma: bool) -> Tile:
     """The largest tile that does not spill (tests/test_triton_pair_compile.py holds that)."""
     if item_size == 4:  # no matrix instruction multiplies in fp32
@@ -56,10 +65,10 @@ class Launch:
     """A pairing, contiguous where kernels want it, and what all its launches have in common."""
 
     def __init__(
-        self, pairing: tuple[Any, ...], tile: Tile | None, tma: bool | None, extras: int = 0, columns: bool = False,
-        gradient: bool = False, ranked: bool = False, positives: bool = False,
+        self, pairing: tuple[Any, ...], tile: Tile | None, tma: bool | None, extras: int = 0,
+        margin: Tensor | None = None, columns: bool = False, gradient: bool = False, ranked: bool = False, positives: bool = False,
     ) -> None:  # fmt: skip
-        """extras: further numbers of the op a row; columns: sums of columns are wanted; ranked, positives: tiles make the masks of
+        """extras: further numbers of the op a row, besides the margin; columns: sums of columns are wanted; ranked, positives: tiles make the masks of
         negatives, and of positives, even where the pairing alone does not ask for them."""
         (q, k, row_scale, column_scale, row_valid, column_valid, positive_rows, positive_columns, positive_diagonals,
          excluded_rows, excluded_columns, excluded_diagonals, low, high, guide_q, guide_k, guide_limit) = pairing  # fmt: skip
@@ -82,11 +91,10 @@ class Launch:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
         self.tma = takes_tma(self.q, self.k, capability) if tma is None else tma
         bits = (lists_rows is not None and lists_columns is None) or (excluded_rows is not None and excluded_columns is None)
-        for given in (column_scale, row_valid if column_valid is None else column_valid, excluded_rows, low, high):
-            extras += given is not None and self.general
-        load = (RICH if extras else BOTH if columns else ROWS) if not self.general else MASKED
-        if bits or guided or ranked or (self.general and extras > 1):
-            load = HEAVY
+        if self.general:
+            looked_up = (margin, column_scale, row_valid if column_valid is None else column_valid, excluded_rows, low, high)
+            extras += sum(x is not None for x in looked_up)
+        load = register_load(self.general, bits or guided or ranked, extras, columns)
         item_size = max(q.element_size(), guide_q.element_size() if guide_q is not None else 0)
         self.tile = tile or default_tile(item_size, load, gradient, capability, self.tma)
         self.classes = (self.row_scale, self.column_scale, self.row_valid, self.column_valid, lists_rows, lists_columns,

@@ -46,8 +46,8 @@ class _Merge:
         )  # fmt: skip
 
 
-def _extras(boost: Tensor | None, margin: Tensor | None, want: int) -> int:
-    return (boost is not None) + (margin is not None) + bool(want & MEAN.value) + bool(want & SECOND.value)
+def _extras(boost: Tensor | None, want: int) -> int:
+    return (boost is not None) + bool(want & MEAN.value) + bool(want & SECOND.value)
 
 
 def pair_stats(
@@ -65,7 +65,7 @@ def pair_stats(
     """rows [9, M] and columns [7, N] ([7, 0] if not wanted); `chunk` row blocks have their columns merged at a time."""
     want, boost, margin = int(want), numbers(boost), numbers(margin)
     columns_wanted = bool(want & COLUMNS.value)
-    launch = Launch(pairing, tile, tma, _extras(boost, margin, want), columns_wanted)
+    launch = Launch(pairing, tile, tma, _extras(boost, want), margin, columns_wanted)
     m, n = launch.m, launch.n
     row_blocks = triton.cdiv(m, launch.tile.rows)
     limit = max(8, COLUMN_BYTES // (4 * NUM_COLUMN_STATS * n)) if columns_wanted else row_blocks
@@ -108,7 +108,7 @@ def pair_stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, drow_scale, dcolumn_scale, each empty unless needed; `chunk` rows of the scratch at a time."""
     want, boost, margin = int(want), numbers(boost), numbers(margin)
-    launch = Launch(pairing, tile, tma, _extras(boost, margin, want), bool(want & COLUMNS.value), gradient=True)
+    launch = Launch(pairing, tile, tma, _extras(boost, want), margin, bool(want & COLUMNS.value), gradient=True)
     tables = tuple(row_table(t.float()) for t in (rows, row_grad, columns, column_grad))
     table_strides = tuple(t.stride(0) for t in tables)
     read = (row_grad[1], row_grad[3:5], row_grad[7:9], column_grad[1], column_grad[3:5])
