@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastloss import backend_cpp
 from fastloss.compiled import _C
 from fastloss.contract import PairNeeds, PairStat, PairWant
@@ -13,7 +15,6 @@ from fastloss.pairs import cpp, ops  # noqa: F401
 from fastloss.pairs.pairing import Pairing
 from fastloss.registry import use_backend
 from tolerance import check_close, check_gradient
-from torch import Tensor
 
 _ops = torch.ops.fastloss
 INF = float("inf")
@@ -57,9 +58,7 @@ def call(
     with use_backend(backend):
         rows, columns, kept = _ops.pair_stats(*p, boost, margin, want, second, keep)
         grads = [g.to(rows.dtype) for g in upstream]
-        made = _ops.pair_stats_backward(
-            *grads, rows, columns, kept, *p, boost, margin, want, second, keep, needs
-        )
+        made = _ops.pair_stats_backward(*grads, rows, columns, kept, *p, boost, margin, want, second, keep, needs)
     return [rows, columns], list(made)
 
 
@@ -70,7 +69,9 @@ def upstream_of(m: int, n: int, want: int, seed: int = 1) -> tuple[Tensor, Tenso
     return rows, columns
 
 
-def check(args: dict[str, Any], want: int = 1, keep: int = 0, needs: int = int(ALL_NEEDS), largest: float = 16.0) -> None:
+def check(
+    args: dict[str, Any], want: int = 1, keep: int = 0, needs: int = int(ALL_NEEDS), largest: float = 16.0
+) -> None:
     """The cpp kernel agrees with float64 as well as the reference in the same dtype does.
 
     A softmax of float32 scores loses a unit of rounding for each unit of the `largest` of them, ours as torch's.
@@ -84,8 +85,8 @@ def check(args: dict[str, Any], want: int = 1, keep: int = 0, needs: int = int(A
     for table, a, b, r in zip(("rows", "columns"), ours, torchs, exact, strict=True):
         for stat in range(a.shape[0] if a.numel() else 0):
             # What counts from the largest score is as exact as that score is: one scale for both.
-            largest = PairStat.POS_MAX if stat in (PairStat.POS_MAX, PairStat.POS_LOGSUM) else PairStat.NEG_MAX
-            both = [stat] if stat == PairStat.POS_SUM else [largest, stat]
+            top = PairStat.POS_MAX if stat in (PairStat.POS_MAX, PairStat.POS_LOGSUM) else PairStat.NEG_MAX
+            both = [stat] if stat == PairStat.POS_SUM else [top, stat]
             try:
                 check_close(*(t[both].reshape(1, -1) for t in (a, b, r)), F32, k)
             except AssertionError as error:
@@ -103,7 +104,16 @@ def check(args: dict[str, Any], want: int = 1, keep: int = 0, needs: int = int(A
             raise AssertionError(f"{name}: {error}") from error
 
 
-SHAPES = [(1, 1, 1), (2, 63, 16), (64, 65, 48), (70, 300, 64), (300, 70, 384), (65, 64, 640), (63, 2, 768), (300, 300, 1152)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 63, 16),
+    (64, 65, 48),
+    (70, 300, 64),
+    (300, 70, 384),
+    (65, 64, 640),
+    (63, 2, 768),
+    (300, 300, 1152),
+]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -159,7 +169,9 @@ def test_features(isa: int, feature: str, dtype: torch.dtype) -> None:
     """Each part of the pairing, with columns; and, without, mean and second."""
     args = operands(M, N, D, dtype) | FEATURES[feature]
     check(args)
-    check(args | {"second": 1.7}, want=int(PairWant.MEAN | PairWant.SECOND), needs=int(PairNeeds.Q | PairNeeds.ROW_SCALE))
+    check(
+        args | {"second": 1.7}, want=int(PairWant.MEAN | PairWant.SECOND), needs=int(PairNeeds.Q | PairNeeds.ROW_SCALE)
+    )
 
 
 def test_mean_and_second_with_columns(isa: int) -> None:
@@ -171,8 +183,14 @@ def test_mean_and_second_with_columns(isa: int) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_guide(isa: int, dtype: torch.dtype, guide_dtype: torch.dtype) -> None:
     """Guides of another dtype and D. Their limit lies between the values, so that rounding decides nothing."""
-    guide_q, guide_k = (torch.randint(-2, 3, (rows, 37), generator=torch.Generator().manual_seed(rows)) for rows in (M, N))
-    guide = {"guide_q": guide_q.to(guide_dtype), "guide_k": guide_k.to(guide_dtype), "guide_limit": torch.full((M,), 4.5)}
+    guide_q, guide_k = (
+        torch.randint(-2, 3, (rows, 37), generator=torch.Generator().manual_seed(rows)) for rows in (M, N)
+    )
+    guide = {
+        "guide_q": guide_q.to(guide_dtype),
+        "guide_k": guide_k.to(guide_dtype),
+        "guide_limit": torch.full((M,), 4.5),
+    }
     check(operands(M, N, D, dtype) | guide | {"positive_diagonals": (0,)})
     check(operands(M, N, D, dtype) | guide | FEATURES["ids"], keep=10**6)
 
@@ -189,7 +207,10 @@ def test_far_from_zero(isa: int, value: float, dtype: torch.dtype) -> None:
         check(args | more, want=int(PairWant.MEAN | PairWant.SECOND), largest=abs(value))
     args["row_scale"][::2] /= 50
     check(args | {"positive_diagonals": (0,)}, largest=abs(value))
-    check(args | {"positive_diagonals": (0,), "column_scale": torch.where(torch.arange(130) % 3 == 0, 0.01, 1.0)}, largest=abs(value))
+    check(
+        args | {"positive_diagonals": (0,), "column_scale": torch.where(torch.arange(130) % 3 == 0, 0.01, 1.0)},
+        largest=abs(value),
+    )
 
 
 FEATURES_OF_65: dict[str, Any] = {"positive_rows": labels(65, 6, 0), "positive_columns": labels(130, 6, 1)}

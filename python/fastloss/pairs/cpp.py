@@ -84,5 +84,3 @@ def pair_stats_backward(
         kept=pointer(kept), keep=kept.numel(),
     )  # fmt: skip
     return gradients
-
-
