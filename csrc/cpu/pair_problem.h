@@ -19,7 +19,7 @@ constexpr int64_t kBlock = kTile * kStepUnits; // units of one step of either op
 constexpr int64_t kProduct = kTile * kTile;    // floats of a product
 constexpr int64_t kStepsAtOnce = 16;           // a long reduction is summed by blocks
 constexpr int64_t kMostPanels = 16;            // column panels of a block
-constexpr int64_t kRowPanels = 4;              // row panels that a gradient product of columns takes at a time
+constexpr int64_t kRowPanels = 8;              // row panels that the gradient of columns takes at a time, at most
 
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -134,9 +134,7 @@ public:
     for (int spins = 0; progress[size_t(block - 1)].panels.load(std::memory_order_acquire) < panels; ++spins)
       if (spins > 64) std::this_thread::yield();
   }
-  void leave(int64_t block, int64_t panels) {
-    progress[size_t(block)].panels.store(panels, std::memory_order_release);
-  }
+  void leave(int64_t block, int64_t panels) { progress[size_t(block)].panels.store(panels, std::memory_order_release); }
 };
 
 } // namespace fastloss::pairs
