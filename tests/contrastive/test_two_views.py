@@ -126,6 +126,13 @@ def test_hcl(beta, tau_plus):
     agree(ours, dense_hcl(a, b, 0.5, beta, tau_plus), (a, b))
 
 
+def test_hcl_at_its_floor():
+    """Opposite negatives and a positive between: the corrected sum is positive, but below its floor."""
+    angle = torch.tensor([[0.0, math.pi], [2 * math.pi / 3, math.pi]], dtype=torch.float64)
+    a, b = (torch.stack((x.cos(), x.sin()), 1).requires_grad_() for x in angle)
+    agree(hcl_loss(a, b, 0.5, reduction="none"), dense_hcl(a, b, 0.5, 1.0, 0.1), (a, b))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hcl_in_low_precision(dtype):
     inputs = leaves((32, 16), (32, 16))
