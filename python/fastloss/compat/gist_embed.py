@@ -38,11 +38,12 @@ def unit(x: Tensor) -> Tensor:
 
 
 class GISTEmbedLoss(nn.Module):
-    """InfoNCE of anchors with all positives, negatives, other anchors and (from the positive) other positives, without the candidates
-    that a guide model finds closer than the positive: those are false negatives.
+    """InfoNCE of anchors with all positives, negatives, other anchors and (from the positive) other positives, without
+    the candidates that a guide model finds closer than the positive: those are false negatives.
 
-    A candidate j of row i is dropped where guide_ij > limit_i, cosines of the guide; the row's own positive never is. limit_i =
-    guide(anchor_i, positive_i) - margin ("absolute") or less |guide(anchor_i, positive_i)| margin ("relative").
+    A candidate j of row i is dropped where guide_ij > limit_i, cosines of the guide; the row's own positive never is.
+    limit_i = guide(anchor_i, positive_i) - margin ("absolute") or less |guide(anchor_i, positive_i)| margin
+    ("relative").
 
     Args:
         model, guide: SentenceTransformers, or None where only `compute_loss_from_embeddings` is called.
@@ -52,9 +53,10 @@ class GISTEmbedLoss(nn.Module):
         contrast_anchors: with the pairs of anchors. contrast_positives: with the pairs of positives.
         gather_across_devices: positives and negatives of all ranks, whose gradients are summed over the ranks.
 
-    Differences from sentence-transformers: an anchor with itself and a positive with itself are never candidates (there, they are
-    where limit_i >= 1, that is where the guide finds anchor and positive alike and the margin is 0), and a guide's similarity
-    counts as above the limit from 8 units of rounding on, so that copies of the positive are kept as they are there.
+    Differences from sentence-transformers: an anchor with itself and a positive with itself are never candidates
+    (there, they are where limit_i >= 1, that is where the guide finds anchor and positive alike and the margin is 0),
+    and a guide's similarity counts as above the limit from 8 units of rounding on, so that copies of the positive are
+    kept as they are there.
 
     Source: GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning.
     """
@@ -99,7 +101,8 @@ class GISTEmbedLoss(nn.Module):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tokenize(texts).items()}
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
-        """The loss of columns of tokenised texts: (anchors, positives) or (anchors, positives, negatives). Labels are not used."""
+        """The loss of columns of tokenised texts: (anchors, positives) or (anchors, positives, negatives). Labels are
+        not used."""
         features = list(sentence_features)
         guide_features = [self._guide_features(column) for column in features]
         embeddings = embed(self.model, features)
@@ -110,8 +113,8 @@ class GISTEmbedLoss(nn.Module):
     def compute_loss_from_embeddings(
         self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor], labels: Any = None
     ) -> Tensor:
-        """The loss of embeddings (anchors, positives) or (anchors, positives, negatives), each [B, D], and the guide's of the same
-        texts, each [B, E]."""
+        """The loss of embeddings (anchors, positives) or (anchors, positives, negatives), each [B, D], and the guide's
+        of the same texts, each [B, E]."""
         check_embeddings("embeddings", embeddings, 2, 3)
         check_embeddings("guide_embeddings", guide_embeddings, 2, 3)
         if len(embeddings) != len(guide_embeddings) or len(embeddings[0]) != len(guide_embeddings[0]):

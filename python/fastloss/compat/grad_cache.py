@@ -1,4 +1,5 @@
-"""GradCache's `SimpleContrastiveLoss` and `DistributedContrastiveLoss`, the `loss_fn` of its `GradCache`, without the logits.
+"""GradCache's `SimpleContrastiveLoss` and `DistributedContrastiveLoss`, the `loss_fn` of its `GradCache`, without the
+logits.
 
 GradCache takes embeddings as they are and has no temperature: scale them in the model.
 """
@@ -17,8 +18,8 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 class SimpleContrastiveLoss:
-    """The cross entropy of <x_i, y_j> over j, with the target column i (n_hard_negatives + 1): y holds each row's positive and then
-    its hard negatives."""
+    """The cross entropy of <x_i, y_j> over j, with the target column i (n_hard_negatives + 1): y holds each row's
+    positive and then its hard negatives."""
 
     def __init__(self, n_hard_negatives: int = 0) -> None:
         self.n_hn = n_hard_negatives
@@ -52,9 +53,9 @@ class SimpleContrastiveLoss:
 class DistributedContrastiveLoss(SimpleContrastiveLoss):
     """`SimpleContrastiveLoss` of the embeddings of all ranks: each returns the mean over all rows.
 
-    As in GradCache, the gradient of a rank's embeddings is that of the mean over all rows, so multiply the loss by the world size
-    under DistributedDataParallel. GradCache computes all W b rows on every rank; here a rank computes its own b.
-    Raises RuntimeError without a process group; TypeError for anything but reduction="mean" without targets.
+    As in GradCache, the gradient of a rank's embeddings is that of the mean over all rows, so multiply the loss by the
+    world size under DistributedDataParallel. GradCache computes all W b rows on every rank; here a rank computes its
+    own b. Raises RuntimeError without a process group; TypeError for anything but reduction="mean" without targets.
     """
 
     def __init__(self, n_hard_negatives: int = 0) -> None:

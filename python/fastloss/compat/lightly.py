@@ -1,10 +1,11 @@
 """lightly's `NTXentLoss`, `DCLLoss` and `DCLWLoss` without their four blocks of similarities.
 
-All of them divide the embeddings by their norms. NT-Xent has the positive in its denominator, DCL has not. A memory bank is read
-before the batch is added to it (pytorch-metric-learning's CrossBatchMemory adds first and then removes the pairs with itself).
+All of them divide the embeddings by their norms. NT-Xent has the positive in its denominator, DCL has not. A memory
+bank is read before the batch is added to it (pytorch-metric-learning's CrossBatchMemory adds first and then removes the
+pairs with itself).
 
-Differences from lightly: a temperature must be above 0 (lightly takes any but 0); the bank is used in the dtype of the embeddings
-(lightly fails for float64); the place in the bank is kept on the host, so that no step waits for a GPU.
+Differences from lightly: a temperature must be above 0 (lightly takes any but 0); the bank is used in the dtype of the
+embeddings (lightly fails for float64); the place in the bank is kept on the host, so that no step waits for a GPU.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def _check_distributed(gather_distributed: bool) -> None:
 
 
 def _view_stats(out0: Tensor, out1: Tensor, temperature: float, gather_distributed: bool) -> PairStats:
-    """The statistics of the 2 B rows of both views, against both views of all ranks: positive is the other view of the same
-    sample, and a row itself is no pair."""
+    """The statistics of the 2 B rows of both views, against both views of all ranks: positive is the other view of the
+    same sample, and a row itself is no pair."""
     batch, (rank, world_size) = len(out0), place()
     rows = torch.cat((out0, out1))
     if not gather_distributed or world_size == 1:
@@ -57,10 +58,11 @@ def _view_stats(out0: Tensor, out1: Tensor, temperature: float, gather_distribut
 
 
 class MemoryBank(nn.Module):
-    """The last embeddings of a ring of `size[0]` rows; random unit vectors at first. Not part of the state dict, as in lightly.
+    """The last embeddings of a ring of `size[0]` rows; random unit vectors at first. Not part of the state dict, as in
+    lightly.
 
-    A batch that reaches the end of the ring fills it as far as it goes, the rest of the batch is dropped, and the next batch
-    begins at row 0.
+    A batch that reaches the end of the ring fills it as far as it goes, the rest of the batch is dropped, and the next
+    batch begins at row 0.
     """
 
     bank: Tensor
@@ -89,18 +91,18 @@ class MemoryBank(nn.Module):
 class NTXentLoss(nn.Module):
     """mean of -log( e^(s_i+ / t) / (e^(s_i+ / t) + sum over the negatives of e^(s_ij / t)) ), s cosines.
 
-    Without a bank, over the 2 B rows of both views: the positive is the other view, the negatives are the 2 B - 2 others (of all
-    ranks with `gather_distributed`). With a bank, over the B rows of out0: the positive is that row of out1, the negatives are the
-    bank, to which out1 is added afterwards where gradients are wanted.
+    Without a bank, over the 2 B rows of both views: the positive is the other view, the negatives are the 2 B - 2
+    others (of all ranks with `gather_distributed`). With a bank, over the B rows of out0: the positive is that row of
+    out1, the negatives are the bank, to which out1 is added afterwards where gradients are wanted.
 
     Args:
         temperature: t.
         memory_bank_size: 0, or (rows, dimension).
-        gather_distributed: negatives of all ranks; with a bank, their batches are added to it. The gradients of gathered
-            embeddings are summed over the ranks.
+        gather_distributed: negatives of all ranks; with a bank, their batches are added to it. The gradients of
+            gathered embeddings are summed over the ranks.
 
-    Source: A Simple Framework for Contrastive Learning of Visual Representations; with a bank, Momentum Contrast for Unsupervised
-    Visual Representation Learning.
+    Source: A Simple Framework for Contrastive Learning of Visual Representations; with a bank, Momentum Contrast for
+    Unsupervised Visual Representation Learning.
     """
 
     def __init__(
@@ -133,13 +135,13 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
 
 
 class DCLLoss(nn.Module):
-    """mean over the 2 B rows of both views of log sum over the negatives of e^(s_ij / t) - w_i s_i+ / t, s cosines: the positive is
-    not in the denominator, so the loss may be negative.
+    """mean over the 2 B rows of both views of log sum over the negatives of e^(s_ij / t) - w_i s_i+ / t, s cosines: the
+    positive is not in the denominator, so the loss may be negative.
 
     Args:
         temperature: t.
-        weight_fn: w = weight_fn(out0, out1) of the normalised views [B, D] for the rows of out0, weight_fn(out1, out0) for those
-            of out1; None: 1. Its gradient is computed.
+        weight_fn: w = weight_fn(out0, out1) of the normalised views [B, D] for the rows of out0, weight_fn(out1, out0)
+            for those of out1; None: 1. Its gradient is computed.
         gather_distributed: negatives of all ranks. A weight sees its own rank's batch only.
 
     A batch of one sample on one rank has no negatives: its loss is -inf, as in lightly.

@@ -13,7 +13,8 @@ from ..pairs import edge_dot
 
 
 def segment_logsumexp(values: Tensor, segments: Tensor, count: int) -> Tensor:
-    """log sum of e^values over the entries of each of `count` segments; -inf without a gradient where a segment has none."""
+    """log sum of e^values over the entries of each of `count` segments; -inf without a gradient where a segment has
+    none."""
     largest = values.new_full((count,), -torch.inf).scatter_reduce(0, segments, values.detach(), "amax")
     some = largest > -torch.inf
     largest = torch.where(some, largest, 0.0)

@@ -29,23 +29,24 @@ class ClipLoss(nn.Module):
     """The mean of the cross entropies of scale <image_i, text_j> over rows and over columns.
 
     Args:
-        local_loss: each rank's loss is the mean over its own rows; otherwise every rank returns the mean over all ranks' rows.
+        local_loss: each rank's loss is the mean over its own rows; otherwise every rank returns the mean over all
+            ranks' rows.
         gather_with_grad: the features gathered from the ranks have gradients, which are summed over the ranks.
         cache_labels: accepted; there are no labels to keep.
         rank, world_size: this process's place in the default process group.
         use_horovod: refused with ValueError.
 
-    On W ranks the gradient of a feature is, as in open_clip, after DistributedDataParallel has averaged those of the parameters:
+    On W ranks, as in open_clip, with the gradients in units of that of the mean over all B rows of one process:
 
-    | local_loss | gather_with_grad | value | gradient of the features, times d (mean over all B rows) |
+    | local_loss | gather_with_grad | value | gradient of the features |
     |---|---|---|---|
-    | no | no | mean over B rows | 1: 1 / W of the right one after DDP (open_clip issue 616) |
-    | no | yes | mean over B rows | W: right after DDP |
-    | yes | yes | mean over own rows | W: right after DDP |
-    | yes | no | mean over own rows | that of the feature's own row only, nothing as another row's key |
+    | no | no | mean over B rows | 1; 1 / W after DistributedDataParallel's mean over ranks (open_clip issue 616) |
+    | no | yes | mean over B rows | W; 1 after that mean |
+    | yes | yes | mean over own rows | W; 1 after that mean |
+    | yes | no | mean over own rows | that of the feature as a row; none as a key of other rows |
 
-    open_clip computes the whole B x B matrix on every rank where local_loss is off; here a rank computes its own rows, and
-    averages the value and the gradient of logit_scale over the ranks: the same numbers.
+    open_clip computes the whole B x B matrix on every rank where local_loss is off; here a rank computes its own rows,
+    and averages the value and the gradient of logit_scale over the ranks: the same numbers.
     """
 
     def __init__(
@@ -94,13 +95,14 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """-sum over all i, j of log sigmoid(+-(scale <image_i, text_j> + bias)), + where i = j, divided by the number of *rows*.
+    """-sum over all i, j of log sigmoid(+-(scale <image_i, text_j> + bias)), + where i = j, divided by the number of
+    *rows*.
 
     Args:
         cache_labels: accepted; there are no labels to keep.
         rank, world_size: this process's place in the default process group.
-        dist_impl: "bidir" (default), "shift", "reduce" or "gather": four ways to bring the other ranks' texts, one number. Here
-            all of them gather; the gradient of a text is summed over the ranks that saw it.
+        dist_impl: "bidir" (default), "shift", "reduce" or "gather": four ways to bring the other ranks' texts, one
+            number. Here all of them gather; the gradient of a text is summed over the ranks that saw it.
 
     The loss of a rank is that of its own rows against the texts of all ranks, divided by its own rows.
     """

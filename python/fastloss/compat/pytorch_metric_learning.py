@@ -1,20 +1,22 @@
-"""pytorch-metric-learning's `NTXentLoss`, `SupConLoss` and `ThresholdConsistentMarginLoss` (TCM) without the matrix of distances,
-and without the list of positive pairs times negatives that its NTXentLoss holds.
+"""pytorch-metric-learning's `NTXentLoss`, `SupConLoss` and `ThresholdConsistentMarginLoss` (TCM) without the matrix of
+distances, and without the list of positive pairs times negatives that its NTXentLoss holds.
 
 All are called as loss(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None):
 
-- embeddings [B, D] with integer labels [B]: pairs of one label are positive, others negative, a row with itself is no pair.
-- ref_emb [N, D], ref_labels [N]: pairs of a row with a reference. ref_labels None or the very tensor `labels` says that the
-  references are the rows themselves: then row i and reference i are no pair.
-- indices_tuple: what a miner returns, triplets (anchors, positives, negatives) or pairs (anchors, positives, anchors, negatives):
-  only these are pairs. Costs O(number of pairs).
+- embeddings [B, D] with integer labels [B]: pairs of one label are positive, others negative, a row with itself is no
+  pair.
+- ref_emb [N, D], ref_labels [N]: pairs of a row with a reference. ref_labels None or the very tensor `labels` says that
+  the references are the rows themselves: then row i and reference i are no pair.
+- indices_tuple: what a miner returns, triplets (anchors, positives, negatives) or pairs (anchors, positives, anchors,
+  negatives): only these are pairs. Costs O(number of pairs).
 
-distance: None, or pytorch-metric-learning's CosineSimilarity, DotProductSimilarity, or LpDistance(p=2, power=2) of normalised
-embeddings, which is 2 - 2 cosine. Any other is refused with TypeError, and so is an embedding_regularizer.
+distance: None, or pytorch-metric-learning's CosineSimilarity, DotProductSimilarity, or LpDistance(p=2, power=2) of
+normalised embeddings, which is 2 - 2 cosine. Any other is refused with TypeError, and so is an embedding_regularizer.
 
-Differences from pytorch-metric-learning: TCM looks its references up in ref_emb (there: in embeddings). One positive and one
-negative pair alone have a loss (there: 0). NTXentLoss has no floor under its logarithm (there, float32 losses stop at 87). A float32
-loss that rounding makes 0 there, and so leaves out of AvgNonZeroReducer's mean, is a small number here and counts.
+Differences from pytorch-metric-learning: TCM looks its references up in ref_emb (there: in embeddings). One positive
+and one negative pair alone have a loss (there: 0). NTXentLoss has no floor under its logarithm (there, float32 losses
+stop at 87). A float32 loss that rounding makes 0 there, and so leaves out of AvgNonZeroReducer's mean, is a small
+number here and counts.
 """
 
 from __future__ import annotations
@@ -65,9 +67,10 @@ class _PairLoss(nn.Module):
                 return bool(distance.normalize_embeddings), 1.0
         if name == "LpDistance" and distance.p == distance.power == 2 and distance.normalize_embeddings:
             return True, 2.0  # -|a - b|^2 = 2 <a, b> - 2, and a softmax does not see the 2
+        p, power = getattr(distance, "p", None), getattr(distance, "power", None)
         raise TypeError(
-            "distance must be None, CosineSimilarity(), DotProductSimilarity() or LpDistance(p=2, power=2) of normalised "
-            f"embeddings, all of p=2, got {distance!r} with p={getattr(distance, 'p', None)}, power={getattr(distance, 'power', None)}"
+            "distance must be None, CosineSimilarity(), DotProductSimilarity() or LpDistance(p=2, power=2) of "
+            f"normalised embeddings, all of p=2; got {distance!r} with p={p} and power={power}"
         )
 
     def forward(
@@ -114,14 +117,16 @@ class _PairLoss(nn.Module):
 
 
 class NTXentLoss(_PairLoss):
-    """mean over the positive pairs (i, p) of -log( e^(s_ip / t) / (e^(s_ip / t) + sum over the negatives of i of e^(s_ij / t)) ).
+    """mean over the positive pairs (i, p) of -log( e^(s_ip / t) / (e^(s_ip / t) + sum over the negatives of i of
+    e^(s_ij / t)) ).
 
-    The denominator holds one positive, not all: the decoupled softmax. A pair whose anchor has no negatives has a loss of 0 and
-    counts. 0 where there is no positive pair.
+    The denominator holds one positive, not all: the decoupled softmax. A pair whose anchor has no negatives has a loss
+    of 0 and counts. 0 where there is no positive pair.
 
     Args:
         temperature: t > 0.
-        reducer: None or MeanReducer (over pairs), SumReducer, AvgNonZeroReducer (over the pairs whose anchor has negatives).
+        reducer: None or MeanReducer (over pairs), SumReducer, AvgNonZeroReducer (over the pairs whose anchor has
+            negatives).
         distance: see the module.
     """
 
@@ -158,12 +163,13 @@ class NTXentLoss(_PairLoss):
 
 
 class SupConLoss(_PairLoss):
-    """L_i = -mean over the positives p of i of log( e^(s_ip / t) / sum over all pairs of i of e^(s_ij / t) ), then the mean over the
-    rows with L_i > 0. 0 where there is no positive or no negative pair at all.
+    """L_i = -mean over the positives p of i of log( e^(s_ip / t) / sum over all pairs of i of e^(s_ij / t) ), then the
+    mean over the rows with L_i > 0. 0 where there is no positive or no negative pair at all.
 
     Args:
         temperature: t > 0.
-        reducer: None (AvgNonZeroReducer), or any reducer of pytorch-metric-learning: it is called with the values of the rows.
+        reducer: None (AvgNonZeroReducer), or any reducer of pytorch-metric-learning: it is called with the values of
+            the rows.
         distance: see the module.
 
     Source: Supervised Contrastive Learning.
@@ -180,7 +186,7 @@ class SupConLoss(_PairLoss):
         some = pos_count > 0
         both = some.any() & (neg_lse > -_INF).any()
         positive = torch.where(some, pos_lse, 0.0)
-        # lse - mean z in two parts: -log of the positives' share, in which nothing cancels, and their spread, 0 for one positive
+        # lse - mean z in two parts: -log of the positives' share, in which nothing cancels, and their spread
         share = softplus(torch.where(some, neg_lse, 0.0) - positive)
         spread = torch.where(pos_count > 1, positive - pos_sum / pos_count.clamp(min=1), 0.0)
         values = torch.where(some & both, share + spread, 0.0)
@@ -208,7 +214,8 @@ class ThresholdConsistentMarginLoss(_PairLoss):
     """lambda_plus mean of (margin_plus - s) over the positive pairs with s <= margin_plus, plus lambda_minus mean of
     (s - margin_minus) over the negative pairs with s >= margin_minus, s cosines. A mean over no pairs is 0.
 
-    reducer: None, or any reducer of pytorch-metric-learning: it is called with the loss. distance: None or CosineSimilarity().
+    reducer: None, or any reducer of pytorch-metric-learning: it is called with the loss. distance: None or
+        CosineSimilarity().
     Source: Threshold-Consistent Margin Loss for Open-World Deep Metric Learning.
     """
 

@@ -1,14 +1,14 @@
-"""sentence-transformers' `MultipleNegativesRankingLoss` and `GISTEmbedLoss` without the matrices of similarities (GISTEmbedLoss
-there holds B x N x D numbers).
+"""sentence-transformers' `MultipleNegativesRankingLoss` and `GISTEmbedLoss` without the matrices of similarities
+(GISTEmbedLoss there holds B x N x D numbers).
 
-Both are used in two ways: as a loss of a model, loss(sentence_features, labels), which a SentenceTransformerTrainer calls, and as a
-loss of embeddings, `compute_loss_from_embeddings`, for which `model` may be left out.
+Both are used in two ways: as a loss of a model, loss(sentence_features, labels), which a SentenceTransformerTrainer
+calls, and as a loss of embeddings, `compute_loss_from_embeddings`, for which `model` may be left out.
 
-    loss = MultipleNegativesRankingLoss(model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
+    loss = MultipleNegativesRankingLoss(model, scale=20.0, directions=("query_to_doc", "doc_to_query"))
 
-similarity_fct: cos_sim (the default) or dot_score, by these names or as sentence-transformers' own functions; any other callable
-would need its matrix and is refused with TypeError. Each column of texts is embedded by a forward of its own (sentence-transformers
-6 joins columns of one shape): the same embeddings but for dropout.
+similarity_fct: cos_sim (the default) or dot_score, by these names or as sentence-transformers' own functions; any other
+callable would need its matrix and is refused with TypeError. Each column of texts is embedded by a forward of its own
+(sentence-transformers 6 joins columns of one shape): the same embeddings but for dropout.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _similarity_name(function: Callable[..., Tensor] | str) -> str:
     foreign = not isinstance(function, str) and not function.__module__.startswith("sentence_transformers.")
     if name not in _SIMILARITIES or foreign:
         raise TypeError(
-            f"similarity_fct must be one of {', '.join(map(repr, _SIMILARITIES))}, or sentence_transformers.util.cos_sim or "
-            f"dot_score; got {function!r}"
+            f"similarity_fct must be one of {', '.join(map(repr, _SIMILARITIES))}, or sentence_transformers.util.cos_sim "
+            f"or dot_score; got {function!r}"
         )
     return name
 
@@ -61,16 +61,18 @@ class MultipleNegativesRankingLoss(nn.Module):
         model: a SentenceTransformer, or None where only `compute_loss_from_embeddings` is called.
         scale: > 0, 1 / temperature.
         similarity_fct: see the module.
-        gather_across_devices: candidates of all ranks, whose gradients are summed over the ranks; rows are the rank's own.
+        gather_across_devices: candidates of all ranks, whose gradients are summed over the ranks; rows are the rank's
+            own.
         directions: see above.
-        partition_mode: "joint": one denominator over all directions; "per_direction": the mean of the losses of the directions,
-            each with its own.
-        hardness_mode: hardness_strength * similarity, without a gradient, is added to the logits of "in_batch_negatives"
-            (documents of other rows), "hard_negatives" (a row's own), "all_negatives" (both), None; in "query_to_doc" only.
+        partition_mode: "joint": one denominator over all directions; "per_direction": the mean of the losses of the
+            directions, each with its own.
+        hardness_mode: hardness_strength * similarity, without a gradient, is added to the logits of
+            "in_batch_negatives" (documents of other rows), "hard_negatives" (a row's own), "all_negatives" (both),
+            None; in "query_to_doc" only.
         hardness_strength: >= 0.
 
-    Source: Efficient Natural Language Response Suggestion for Smart Reply; four directions: Towards General Text Embeddings with
-    Multi-stage Contrastive Learning.
+    Source: Efficient Natural Language Response Suggestion for Smart Reply; four directions: Towards General Text
+    Embeddings with Multi-stage Contrastive Learning.
     """
 
     def __init__(
@@ -89,7 +91,8 @@ class MultipleNegativesRankingLoss(nn.Module):
             raise ValueError(f"partition_mode must be one of {', '.join(_PARTITIONS)}, got {partition_mode!r}")
         if partition_mode == "per_direction" and set(directions) & set(_SAME_TYPE):
             raise ValueError(
-                f"partition_mode='per_direction' cannot have {' or '.join(_SAME_TYPE)}, which hold no positive; got {directions}"
+                f"partition_mode='per_direction' cannot have {' or '.join(_SAME_TYPE)}, which hold no positive; "
+                f"got {directions}"
             )
         if hardness_mode not in _HARDNESS:
             raise ValueError(f"hardness_mode must be one of {', '.join(map(str, _HARDNESS))}, got {hardness_mode!r}")
@@ -100,11 +103,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.model, self.scale, self.similarity_fct = model, scale, similarity_fct
         self.normalize = _SIMILARITIES[_similarity_name(similarity_fct)]
         self.gather_across_devices, self.directions = gather_across_devices, tuple(directions)
-        self.partition_mode, self.hardness_mode, self.hardness_strength = (
-            partition_mode,
-            hardness_mode,
-            hardness_strength,
-        )
+        self.partition_mode, self.hardness_mode = partition_mode, hardness_mode
+        self.hardness_strength = hardness_strength
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
         """The loss of columns of tokenised texts: (anchors, positives, negatives ...). Labels are not used."""
@@ -115,12 +115,14 @@ class MultipleNegativesRankingLoss(nn.Module):
         check_embeddings("embeddings", embeddings, 2)
         query, own_docs = embeddings[0], list(embeddings[1:])
         keys = [gather_keys(e) for e in embeddings] if self.gather_across_devices else list(embeddings)
-        queries, docs = keys[0], torch.cat(keys[1:])
+        queries, docs = keys[0], torch.cat(keys[1:]) if len(keys) > 2 else keys[1]
         own = Diagonal(place().rank * len(query) if self.gather_across_devices else 0)
         row_of = torch.arange(len(queries), device=query.device)
-        same_row = SameId(row_of[own.offsets[0] :][: len(query)], row_of.repeat(len(own_docs)))
+        own_rows = row_of[own.offsets[0] :][: len(query)]
+        same_row = SameId(own_rows, row_of.repeat(len(own_docs)))
+        hard = SameId(own_rows, torch.cat((torch.full_like(row_of, -1), row_of.repeat(len(own_docs) - 1))))
 
-        positive, negative, other_queries = self._query_to_doc(query, docs, own_docs, own, same_row)
+        positive, negative, other_queries = self._query_to_doc(query, docs, own_docs, own, hard)
         options: dict[str, Any] = {"scale": self.scale, "normalize": self.normalize, "columns": False}
         if "doc_to_query" in self.directions:
             if other_queries is None:
@@ -133,25 +135,24 @@ class MultipleNegativesRankingLoss(nn.Module):
             stats = pair_stats(query, key, positive=None, excluded=None if key is None else own, **options)
             negative = logaddexp(negative, stats.neg_lse)
         if "doc_to_doc" in self.directions:
-            stats = pair_stats(own_docs[0], docs, positive=None, excluded=same_row, **options)
+            key = None if docs is own_docs[0] else docs
+            stats = pair_stats(own_docs[0], key, positive=None, excluded=None if key is None else same_row, **options)
             negative = logaddexp(negative, stats.neg_lse)
         return softplus(negative - positive).mean()
 
     def _query_to_doc(
-        self, query: Tensor, docs: Tensor, own_docs: list[Tensor], own: Diagonal, same_row: SameId
+        self, query: Tensor, docs: Tensor, own_docs: list[Tensor], own: Diagonal, hard: SameId
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(logit of the positive, log-sum-exp of the other documents, and where one matrix serves both directions that of a
-        positive's other queries), [B] each."""
+        """(logit of the positive, log-sum-exp of the other documents, and where one matrix serves both directions that
+        of a positive's other queries), [B] each."""
         mode = self.hardness_mode if self.hardness_strength > 0 else None
         options: dict[str, Any] = {"scale": self.scale, "normalize": self.normalize, "positive": own}
         # a row's own hard negatives are added one by one where only they have, or have not, the penalty
         split = len(own_docs) > 1 and mode in ("in_batch_negatives", "hard_negatives")
         if split:
-            hard = same_row.columns.clone()
-            hard[: len(docs) // len(own_docs)] = -1
-            options["excluded"] = SameId(same_row.rows, hard)
+            options["excluded"] = hard
         penalty = self.hardness_strength if mode in ("in_batch_negatives", "all_negatives") else 0.0
-        # without a penalty, the first columns of this matrix are the rows of doc_to_query, if their queries are all here
+        # without a penalty, the first columns of this matrix are the rows of doc_to_query
         both = "doc_to_query" in self.directions and len(docs) == len(query) * len(own_docs) and not penalty
         stats = pair_stats(query, docs, hardness=penalty, columns=both, **options)
         negative = stats.neg_lse

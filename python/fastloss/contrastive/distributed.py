@@ -1,11 +1,12 @@
 """A batch that is spread over ranks: the keys of all of them, with their gradients.
 
-Rank r of W holds b rows, which are rows r b to r b + b - 1 of the whole batch. A loss of its own rows against the keys of all ranks
-costs b W similarities a row, and its positives lie on `Diagonal(r b)`.
+Rank r of W holds b rows, which are rows r b to r b + b - 1 of the whole batch. A loss of its own rows against the keys
+of all ranks costs b W similarities a row, and its positives lie on `Diagonal(r b)`.
 
-The gradient contract: each rank's loss is the mean over its own rows, and the gradient of a key is *summed* over the ranks that used
-it. So the gradient of an embedding is W times that of the mean over the whole batch, and the mean over ranks that
-DistributedDataParallel takes of the gradients of parameters makes it exactly that of one process with the whole batch.
+The gradient contract: each rank's loss is the mean over its own rows, and the gradient of a key is *summed* over the
+ranks that used it. So the gradient of an embedding is W times that of the mean over the whole batch, and the mean over
+ranks that DistributedDataParallel takes of the gradients of parameters makes it exactly that of one process with the
+whole batch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def place(group: Group = None) -> Place:
 
 
 def check_place(rank: int, world_size: int, group: Group = None) -> None:
-    """Raise ValueError where a caller's rank and world size are not those of the process group, RuntimeError without one."""
+    """Raise ValueError where a caller's rank and world size are not those of the process group, RuntimeError without
+    one."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size), got rank={rank} and world_size={world_size}")
     if world_size > 1:
@@ -47,8 +49,8 @@ def check_place(rank: int, world_size: int, group: Group = None) -> None:
 
 
 def _check_even(x: Tensor, group: Group) -> None:
-    """Raise ValueError, on all ranks, where the ranks hold different numbers of rows. Only seen on a CPU: elsewhere it would wait
-    for the device."""
+    """Raise ValueError, on all ranks, where the ranks hold different numbers of rows. Only seen on a CPU: elsewhere it
+    would wait for the device."""
     if x.device.type != "cpu":
         return
     sizes = torch.empty(place(group).world_size, dtype=torch.int64)
@@ -114,9 +116,9 @@ def _mean(x: Tensor, group: Group) -> Tensor:
 def gather_keys(x: Tensor, group: Group = None, *, gradient: bool = True) -> Tensor:
     """x [b, ...] of every rank, one after another: [W b, ...]; x itself in a single process.
 
-    The backward sums the gradient of each rank's rows over all ranks (a reduce-scatter); with `gradient=False` nothing flows back.
-    All ranks must call it, in the same order, and so must their backwards. Raises ValueError, on a CPU, where the ranks hold
-    different numbers of rows.
+    The backward sums the gradient of each rank's rows over all ranks (a reduce-scatter); with `gradient=False` nothing
+    flows back. All ranks must call it, in the same order, and so must their backwards. Raises ValueError, on a CPU,
+    where the ranks hold different numbers of rows.
     """
     if place(group).world_size == 1:
         return x if gradient else x.detach()
@@ -132,7 +134,8 @@ def mean_over_ranks(loss: Tensor, group: Group = None) -> Tensor:
 
 
 def mean_gradient(x: Tensor, group: Group = None) -> Tensor:
-    """x, whose gradient is averaged over the ranks: a parameter that all share, before DistributedDataParallel sees it."""
+    """x, whose gradient is averaged over the ranks: a parameter that all share, before DistributedDataParallel sees
+    it."""
     if place(group).world_size == 1 or not x.requires_grad:
         return x
     return _MeanGradient.apply(x, group)
