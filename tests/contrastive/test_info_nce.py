@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 
+from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 from fastloss.contrastive import (
     FocalInfoNCELoss,
     GuideEmbeddings,

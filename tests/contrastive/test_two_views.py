@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 from torch import Tensor
 
+from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 from fastloss.contrastive import (
     DCLLoss,
     HCLLoss,
