@@ -13,6 +13,18 @@ from torch import Tensor
 from fastloss import Diagonal, Guide, PairMask, PairStats, SameId
 
 INF = float("inf")
+_DIAGONAL = Diagonal(0)
+
+
+#: What a loss is made of.
+ROWS_AND_COLUMNS = [
+    side + name for side in ("", "columns.") for name in ("neg_lse", "pos_lse", "lse", "nll", "pos_sum")
+]
+
+
+def equal(a: Any, b: Any, tolerance: float = 0.0) -> None:
+    """Equal up to `tolerance`, relative and absolute; NaN is NaN."""
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def mask_of(sets: Any, m: int, n: int) -> Tensor:
@@ -63,7 +75,7 @@ def _max(z: Tensor, member: Tensor, dim: int) -> Tensor:
 
 def dense_stats(
     q: Tensor, k: Tensor, *, scale: Any = 1.0, column_scale: Tensor | None = None, bias: Any = None,
-    positive: Any = Diagonal(0), excluded: Any = None, row_valid: Tensor | None = None,
+    positive: Any = _DIAGONAL, excluded: Any = None, row_valid: Tensor | None = None,
     column_valid: Tensor | None = None, window: Any = None, guide: Guide | None = None, hardness: float = 0.0,
     margin: Any = None, second_scale: float | None = None, mean: bool = False, normalize: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip

@@ -130,18 +130,24 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         finite(x).square().sum()
         for x in everything(
             pair_stats(
-                q, k, positive=SameId(torch.arange(len(q)) // 2, torch.arange(len(k)) // 3), excluded=Diagonal(1),
-                window=(-2.0, 2.0), margin=0.1, second_scale=2.0, mean=True, bias=0.3, scale=2.0,
+                q,
+                k,
+                positive=SameId(torch.arange(len(q)) // 2, torch.arange(len(k)) // 3),
+                excluded=Diagonal(1),
+                window=(-2.0, 2.0),
+                margin=0.1,
+                second_scale=2.0,
+                mean=True,
+                bias=0.3,
+                scale=2.0,
             )
-        )  # fmt: skip
+        )
     ),
     "self": lambda q, k: pair_stats(q, positive=Diagonal(2, -2), normalize=True, scale=2.0).nll.sum() + k.sum() * 0,
     "pair_map": lambda q, k: sum(x.sum() for x in pair_map(q, k, neg_threshold=0.1, normalize=True)[:2]),  # type: ignore[misc,return-value]
-    "pair_histogram": lambda q, k: (
-        pair_histogram(q, k, bins=11, low=-3.0, high=3.0).neg * torch.arange(11.0)
-    ).sum(),
+    "pair_histogram": lambda q, k: (pair_histogram(q, k, bins=11, low=-3.0, high=3.0).neg * torch.arange(11.0)).sum(),
     "edge_dot": edges_of,
-}  # fmt: skip
+}
 
 
 def gradients(f: Callable[..., Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, ...]:

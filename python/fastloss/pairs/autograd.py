@@ -97,6 +97,15 @@ def functions(family: Family) -> tuple[type[torch.autograd.Function], type[torch
     return Eager, Functorch
 
 
+def _distinct(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with a view in place of what was there before: torch.compile does not trace a Function of one tensor twice."""
+    found: list[Any] = []
+    for x in inputs:
+        again = isinstance(x, Tensor) and any(x is y for y in found)
+        found.append(x.view_as(x) if again else x)
+    return tuple(found)
+
+
 def apply(family: Family, functions: tuple[Any, Any], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The outputs of a family's Function."""
     if forward_mode_active():

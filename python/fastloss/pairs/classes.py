@@ -93,7 +93,7 @@ def _bits(mask: Tensor) -> Tensor:
     step = max(1, (1 << 20) // max(n, 1))
     for start in range(0, m, step):
         part = torch.nn.functional.pad(mask[start : start + step], (0, words * 32 - n))
-        out[start : start + step] = (part.view(-1, words, 32) * weight).sum(2, dtype=torch.int32)
+        out[start : start + step] = (part.view(len(part), words, 32) * weight).sum(2, dtype=torch.int32)
     return out
 
 
