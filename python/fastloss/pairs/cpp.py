@@ -73,6 +73,10 @@ def pair_stats_backward(
     pairing, (boost, margin, want, second, _keep, needs) = Pairing(*args[:PAIRING_LENGTH]), args[PAIRING_LENGTH:]
     p = CompiledPairing(pairing)
     gradients = empty_gradients(pairing, needs)
+    if 0 in pairing.shape:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
     f32 = torch.float32
     _launch(
         p, boost, margin, want=int(want), second=second, rows=p.address(rows, f32), columns=p.address(columns, f32),
