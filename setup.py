@@ -115,7 +115,7 @@ def ninja_file(out: Path) -> str:
     for source in sorted(sources):
         name = str(source.relative_to(ROOT / "csrc")).replace("/", "_") + ".o"
         lines.append(f"build {name}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
-        if source.name == "bindings.cpp":
+        if source.name.startswith("bindings"):
             lines.append("  cxxflags = $cxxflags -Os")  # nothing there is hot, and templates make it large
         objects.append(name)
     libs = f"{cudart()} -ldl -lrt -lpthread" if cuda else ""

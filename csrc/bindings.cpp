@@ -91,6 +91,9 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 
 } // namespace
 
+void bind_edges(py::module_ &m);     // bindings_edges.cpp
+void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
+
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
                              int64_t n, int64_t d, int64_t v, int64_t ldx, int64_t ldw, int64_t ignore_index,
@@ -340,6 +343,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("args"), py::arg("isa"));
   bind_pairs(m);
+  bind_edges(m);
+  bind_pair_maps(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;

@@ -89,7 +89,7 @@ struct PairMap {
 struct PairHistogram {
   Pairing pairing;
   int64_t bins;
-  float first, step;
+  double first, step;
   float *table;      // [2][bins], forwards
   const float *grad; // [2][bins], backwards; null: forwards
   PairGradients gradients;
@@ -106,7 +106,7 @@ struct RowTopk {
 // The kernels of pairs along a list of edges.
 struct EdgeDot {
   const void *q, *k; // [m][ldq], [n][ldk] of dtype
-  int64_t d, ldq, ldk, edges;
+  int64_t m, n, d, ldq, ldk, edges;
   const int64_t *rows, *columns; // [edges]
   float *dots;                   // [edges]
   int dtype;
@@ -117,7 +117,7 @@ struct EdgeSum {
   const float *weight;             // [edges]
   const int64_t *pointer, *source; // [m + 1], [edges]
   void *sums;                      // [m][d] of dtype
-  int64_t m, d, ldx;
+  int64_t m, n, d, ldx, edges;
   int dtype;
 };
 

@@ -7,7 +7,6 @@
 namespace fastloss {
 namespace {
 
-constexpr float kFar = 126; // sigmoid(-126) is 0 in fp32, and 0 * 126 is not 0 * inf
 constexpr uint8_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // Some values of one region, as the loops need them.

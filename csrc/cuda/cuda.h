@@ -1,6 +1,7 @@
 // The CUDA backend: launchers on raw device pointers, and what device there is. No torch, no CUDA header.
 #pragma once
 #include "fastloss.h"
+#include "pair_stats.h"
 #include "region_stats.h"
 #include "row_terms.h"
 
@@ -63,5 +64,10 @@ void region_stats_cuda(const RegionStats &, int slices, int device, void *stream
 constexpr int kMostPartials = 2048;
 // A target in float32 or in the dtype of the input; values in the wider of the two.
 void pointwise_loss_cuda(const PointwiseLoss &, int device, void *stream);
+
+// The dot products along a list of edges; an edge out of range has NaN.
+void edge_dot_cuda(const EdgeDot &, int device, void *stream);
+// Their gradient; a source out of range makes its row NaN, and `pointer` is never followed beyond the edges.
+void edge_sum_cuda(const EdgeSum &, int device, void *stream);
 
 } // namespace fastloss

@@ -100,6 +100,38 @@ def pointwise_loss_cuda(
     stream: int, /,
 ) -> None: ...  # fmt: skip
 
+class EdgeDot:
+    """The fields of csrc/pair_stats.h."""
+
+    def __init__(
+        self, *, q: int, k: int, m: int, n: int, d: int, ldq: int, ldk: int, edges: int, rows: int, columns: int,
+        dots: int, dtype: int,
+    ) -> None: ...  # fmt: skip
+
+class EdgeSum:
+    """The fields of csrc/pair_stats.h."""
+
+    def __init__(
+        self, *, x: int, weight: int, pointer: int, source: int, sums: int, m: int, n: int, d: int, ldx: int, edges: int,
+        dtype: int,
+    ) -> None: ...  # fmt: skip
+
+def edge_dot_cpu(args: EdgeDot, isa: int) -> None: ...
+def edge_sum_cpu(args: EdgeSum, isa: int) -> None: ...
+def edge_dot_cuda(args: EdgeDot, device: int, stream: int) -> None: ...
+def edge_sum_cuda(args: EdgeSum, device: int, stream: int) -> None: ...
+def pair_map_cpu(
+    *, pairing: Pairing, neg_threshold: int, pos_threshold: int, function: int, table: int, grad: int,
+    gradients: tuple[int, int, int, int], isa: int,
+) -> None: ...  # fmt: skip
+def pair_histogram_cpu(
+    *, pairing: Pairing, bins: int, first: float, step: float, table: int, grad: int, gradients: tuple[int, int, int, int],
+    isa: int,
+) -> None: ...  # fmt: skip
+def row_topk_cpu(
+    *, pairing: Pairing, count: int, classes: int, values: int, columns: int, isa: int
+) -> None: ...  # fmt: skip
+
 class Pairing:
     """The fields of csrc/pair_stats.h; ids and bits come as addresses, 0 for none."""
 

@@ -38,7 +38,7 @@ def test_module_trains_its_scale():
     q, k = torch.randn(2, 8, 4)
     loss(q, k).backward()
     assert loss.log_scale.grad is not None and loss.log_scale.grad.abs() > 0
-    assert float(loss.scale) == pytest.approx(1 / 0.07)
+    assert float(loss.scale.detach()) == pytest.approx(1 / 0.07)
 
 
 def test_shapes_are_checked():
@@ -46,3 +46,8 @@ def test_shapes_are_checked():
         clip_loss(torch.randn(3, 4), torch.randn(2, 4), 1.0)
     with pytest.raises(ValueError, match="must be finite and > 0"):
         clip_loss(torch.randn(3, 4), torch.randn(3, 4), 0.0)
+
+
+def test_a_number_as_scale_is_not_rounded():
+    q, k = (torch.randn(5, 3, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(clip_loss(q, k, 0.1), dense(q, k, 0.1), rtol=1e-14, atol=0)

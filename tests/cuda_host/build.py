@@ -111,6 +111,8 @@ def load(path: Path) -> ctypes.CDLL:
     """The library, with the types of what it returns."""
     library = ctypes.CDLL(str(path))
     for name in (
+        "c_edge_dot",
+        "c_edge_sum",
         "c_launch",
         "c_pointwise",
         "c_region_stats",

@@ -68,5 +68,11 @@ const char *c_pointwise(const fastloss::PointwiseLoss *p, const fastloss::Device
   limits = *device;
   return guard([&] { fastloss::pointwise_loss_cuda(*p, 0, nullptr); });
 }
+const char *c_edge_dot(const fastloss::EdgeDot *p) {
+  return guard([&] { fastloss::edge_dot_cuda(*p, 0, nullptr); });
+}
+const char *c_edge_sum(const fastloss::EdgeSum *p) {
+  return guard([&] { fastloss::edge_sum_cuda(*p, 0, nullptr); });
+}
 #endif
 }

@@ -48,7 +48,7 @@ def check_embeddings(q: Tensor, k: Tensor) -> None:
 
 def vector(name: str, value: Tensor | float, length: int, q: Tensor, dtype: torch.dtype) -> Tensor:
     """A number or [length] as [length]."""
-    x = torch.as_tensor(value, device=q.device) if not isinstance(value, Tensor) else value
+    x = value if isinstance(value, Tensor) else torch.as_tensor(value, device=q.device, dtype=dtype)
     if x.device != q.device and x.dim():
         raise ValueError(f"{name} is on {x.device}, the embeddings on {q.device}")
     if x.dim() > 1 or (x.dim() == 1 and x.shape[0] not in (1, length)):

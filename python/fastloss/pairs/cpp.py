@@ -84,3 +84,6 @@ def pair_stats_backward(
         kept=pointer(kept), keep=kept.numel(),
     )  # fmt: skip
     return gradients
+
+
+from . import cpp_edges, cpp_maps  # noqa: E402,F401  (they register their kernels)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import PairStat
+from .nll import nll
 
 INF = float("inf")
 
@@ -128,8 +129,14 @@ class PairStats:
     def nll(self) -> Tensor:
         """-log of the share of the positives, lse - pos_lse = softplus(-margin), in which nothing cancels; 0 in rows without
         positives."""
-        some = self.has_positive
-        return torch.where(some, softplus(-torch.where(some, self.margin, 0.0)), 0.0)
+        return nll(self.table, _nll)
+
+
+def _nll(table: Tensor) -> Tensor:
+    """`PairStats.nll` of PyTorch's operations; a bias cancels."""
+    stats = PairStats(table)
+    some = stats.has_positive
+    return torch.where(some, softplus(-torch.where(some, stats.margin, 0.0)), 0.0)
 
 
 def softplus(x: Tensor) -> Tensor:
