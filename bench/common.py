@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CUDA = torch.cuda.is_available()
@@ -111,3 +112,16 @@ def head(group: Group) -> tuple[Tensor, Tensor, Tensor]:
         x[:, :8] = w[:, :8] = 8**-0.5  # eight features carry the bias of the classes
         w[:, :8] *= bias[:, None]
     return x.to(group.torch_dtype), w.to(group.torch_dtype), y
+
+
+def views(group: Group) -> tuple[Tensor, Tensor]:
+    """Unit embeddings q, k [B, D] of two views. "peaked": k is q and noise, and there are as many near duplicates of each row
+    as make its softmax at scale 20 anything from flat to certain; "normal": unrelated."""
+    b, d = group.shape
+    on: dict[str, Any] = {"device": group.device}
+    torch.manual_seed(0)
+    q, k = torch.randn(b, d, **on), torch.randn(b, d, **on)
+    if group.inputs != "normal":
+        q += 2 * torch.randn(-(-b // 8), d, **on).repeat_interleave(8, 0)[:b]  # eight rows of a kind
+        k = q * torch.empty(b, 1, **on).uniform_(0, 2) + k
+    return tuple(F.normalize(x, dim=1).to(group.torch_dtype) for x in (q, k))  # type: ignore[return-value]

@@ -92,6 +92,15 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
     return run
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked slow runs when it is named, by its test or by `-m`, and in a test of the benchmarks."""
+    if TINY or config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    slow = [item for item in items if "slow" in item.keywords]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
+
+
 # ------------------------------------------------------------------------------------------ what is written where
 
 

@@ -48,12 +48,14 @@ class Row:
 
 
 def counts(info: Record) -> dict[str, float]:
-    """The deterministic numbers of a record, as parts of the logits or of the gradients."""
+    """The deterministic numbers of a record, as parts of the logits, of the gradients, or of the peak of torch eager."""
     found: dict[str, float] = {k: info[k] for k in ("extra_over_logits", "growth_over_logits") if k in info}
     if info.get("logits_bytes"):
         found["saved_over_logits"] = info["saved_bytes"] / info["logits_bytes"]
     if info.get("gradient_bytes"):
         found["saved_over_gradients"] = info["saved_bytes"] / info["gradient_bytes"]
+    if "torch" in info.get("peaks", {}):
+        found["peak_over_torch"] = info["peaks"][info["impl"]] / info["peaks"]["torch"]
     return found
 
 

@@ -405,6 +405,49 @@ def pointwise(group: Group) -> Case:
     return Case(calls, (x, t), 2 * size + gradient, 0, gradient_bytes=gradient, logits_bytes=size)
 
 
+def pair_gemms(q: Tensor, k: Tensor) -> Call:
+    """The arithmetic of a contrastive step that stores no similarities: S twice, dQ and dK, into memory that is there."""
+    buffers: list[Tensor] = []
+
+    def call() -> None:
+        if not buffers:
+            buffers.extend((q.new_empty(len(q), len(k)), torch.empty_like(q), torch.empty_like(k)))
+        s, dq, dk = buffers
+        torch.mm(q, k.T, out=s)
+        torch.mm(q, k.T, out=s)
+        torch.mm(s, k, out=dq)
+        torch.mm(s.T, q, out=dk)
+
+    return call
+
+
+def clip(group: Group) -> Case:
+    """CLIP's loss of unit embeddings [B, D] with a trained scale, both directions. "torch" is open_clip's formula."""
+    b, d = group.shape
+    q, k = common.views(group)
+    scale = torch.tensor(20.0, device=group.device, requires_grad=True)
+    q.requires_grad_()
+    k.requires_grad_()
+
+    def eager(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+        rows, columns = scale.to(q.dtype) * q @ k.T, scale.to(q.dtype) * k @ q.T
+        own = torch.arange(len(q), device=q.device)
+        return (F.cross_entropy(rows, own) + F.cross_entropy(columns, own)) / 2
+
+    fast = compiled(eager)
+    calls: dict[str, Call] = {
+        "four_gemms": pair_gemms(q.detach(), k.detach()),
+        "torch": training_step(lambda: eager(q, k, scale), q, k, scale),
+        "torch_compile": training_step(lambda: fast(q, k, scale), q, k, scale),
+        **ours(group.device, training_step(lambda: fastloss.contrastive.clip_loss(q, k, scale), q, k, scale)),
+    }
+    gradients = q.nbytes + k.nbytes
+    return Case(
+        calls, (q, k, scale), 2 * gradients, 8 * b * b * d, gradient_bytes=gradients,
+        logits_bytes=b * b * q.element_size(),
+    )  # fmt: skip
+
+
 CASES: dict[str, Callable[[Group], Case]] = {
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
@@ -417,6 +460,7 @@ CASES: dict[str, Callable[[Group], Case]] = {
     "linear_sample": linear_sample,
     "binary_cross_entropy_with_logits": pointwise,
     "kl_div": pointwise,
+    "clip": clip,
 }
 
 

@@ -145,14 +145,29 @@ def test_gate_command(tmp_path: Path) -> None:
 
 def test_every_ceiling_names_a_group_that_is_measured() -> None:
     script = (
-        "import test_cross_entropy as c, test_linear_cross_entropy as l, test_margin as m;"
-        "print(c.SHAPES, l.SHAPES, m.LOGITS, m.HEAD)"
+        "import test_cross_entropy as c, test_linear_cross_entropy as l, test_margin as m, test_pairs as p;"
+        "print(c.SHAPES, l.SHAPES, m.LOGITS, m.HEAD, p.SHAPES)"
     )
     shapes = python("-c", script, PYTHONPATH="bench", FASTLOSS_BENCH_DEVICE="cpu", FASTLOSS_BENCH_TINY="0").stdout
     for name in json.loads(gate.CEILINGS.read_text())["cpu"]:
         _, _, dtype, shape, inputs = name.split()
         assert f"({shape.replace('x', ', ')})" in shapes and dtype in ("float32", "bfloat16"), name
         assert inputs in ("peaked", "normal"), name
+
+
+def test_pairs_memory(tmp_path: Path) -> None:
+    """The curve on small batches: a peak of ours for each, a table, a plot; who is not installed is a failure of one line."""
+    out, image = tmp_path / "run.json", tmp_path / "image.svg"
+    losses = ["fastloss-clip", "fastloss-ntxent", "metric_learning"]
+    done = python(
+        "bench/pairs_memory.py", "--sizes", "64", "128", "--features", "16", "--losses", *losses, "--limit", "2",
+        "--out", str(out), "--plot", str(image),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = json.loads(out.read_text())["records"]
+    assert all("peak_bytes" in r for r in records if r["loss"].startswith("fastloss"))
+    assert {r["loss"] for r in records} == set(losses) and "128" in done.stdout
+    assert "fastloss, CLIP" in image.read_text()
 
 
 def test_plots(tmp_path: Path) -> None:
