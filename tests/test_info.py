@@ -37,7 +37,8 @@ def test_table_agrees_with_explain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "case"), [("row_stats_backward", "rows and their backward"), ("cross_entropy", "cross_entropy")]
+    ("op", "case"),
+    [("row_stats_backward", "rows and their backward"), ("cross_entropy", "cross_entropy"), ("edge_sum", "edges")],
 )
 def test_self_test_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, op: str, case: str) -> None:
     right = registry._kernels[op]["reference"]

@@ -174,8 +174,12 @@ def source(case: Case, kernel: Any, meta: dict[str, Any]) -> ASTSource:
 def compile_case(case: Case) -> Cost:
     """Build for the case's target and take the machine code apart."""
     kernel, meta, launch = options(case)
-    target = GPUTarget("cuda", int(case.target[3:]), 32)
-    built = triton.compile(source(case, kernel, meta), target=target, options=launch)
+    return measure(source(case, kernel, meta), case.target, launch)
+
+
+def measure(code: ASTSource, target: str, launch: dict[str, int]) -> Cost:
+    """What the code takes on `target`, one of CAPABILITY."""
+    built = triton.compile(code, target=GPUTarget("cuda", int(target[3:]), 32), options=launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()

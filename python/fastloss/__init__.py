@@ -1,6 +1,6 @@
 """Fused loss and head kernels for PyTorch: large-vocabulary softmax without the logits, drop-in for torch.nn losses."""
 
-from . import functional, losses, nn, terms
+from . import contrastive, functional, losses, nn, terms
 from .device_checks import check_device_targets
 from .distillation_modules import boundary_distillation, multi_aspect_distillation
 from .engine import linear_row_stats, row_stats
@@ -8,6 +8,19 @@ from .frechet import frechet_mean, linear_frechet_mean
 from .functional import cross_entropy, linear_cross_entropy
 from .kept_memory import keep_memory
 from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
+from .pairs import (
+    Diagonal,
+    Guide,
+    PairMask,
+    PairStats,
+    SameId,
+    edge_dot,
+    edge_dot_csr,
+    pair_histogram,
+    pair_map,
+    pair_stats,
+    row_topk,
+)
 from .predict import Sampled, TopK, linear_argmax, linear_sample, linear_topk, row_sample
 from .region_statistics import RegionStats
 from .regions import region_loss, region_stats
@@ -24,11 +37,16 @@ __version__ = "0.2.0"
 __all__ = [
     "BackendError",
     "CrossEntropyLoss",
+    "Diagonal",
+    "Guide",
     "HLGauss",
     "LinearCrossEntropyLoss",
+    "PairMask",
+    "PairStats",
     "RegionStats",
     "RowStats",
     "RowTerm",
+    "SameId",
     "Sampled",
     "Sequences",
     "TeacherHead",
@@ -38,7 +56,10 @@ __all__ = [
     "backends",
     "boundary_distillation",
     "check_device_targets",
+    "contrastive",
     "cross_entropy",
+    "edge_dot",
+    "edge_dot_csr",
     "explain",
     "frechet_mean",
     "functional",
@@ -53,11 +74,15 @@ __all__ = [
     "losses",
     "multi_aspect_distillation",
     "nn",
+    "pair_histogram",
+    "pair_map",
+    "pair_stats",
     "region_loss",
     "region_stats",
     "row_loss",
     "row_sample",
     "row_stats",
+    "row_topk",
     "segment_mean",
     "segment_sum",
     "segments_of_cu_seqlens",

@@ -104,7 +104,7 @@ def _example(device: str, dtype: str) -> dict[str, Any]:
     """One value for every argument name of the ops; names not listed here keep the default of the op's schema."""
     import torch
 
-    from fastloss.contract import NUM_COEFS, NUM_EPILOGUES, NUM_STATS
+    from fastloss.contract import NUM_COEFS, NUM_EPILOGUES, NUM_PAIR_COLUMN_STATS, NUM_PAIR_STATS, NUM_STATS
 
     def new(*shape: int, kind: str = "float32") -> Any:
         return torch.zeros(shape, device=device, dtype=getattr(torch, kind))
@@ -117,7 +117,28 @@ def _example(device: str, dtype: str) -> dict[str, Any]:
         "factor": new(), "input": new(ROWS, CLASSES, kind=dtype), "labels": new(ROWS, CLASSES, kind=dtype),
         "dinput": new(ROWS, CLASSES, kind=dtype),
         "seed": new(kind="int64"), "streams": new(ROWS, kind="int64"),
+        "q": new(ROWS, FEATURES, kind=dtype), "k": new(CLASSES, FEATURES, kind=dtype), "row_scale": new(ROWS),
+        "row_grad": new(NUM_PAIR_STATS, ROWS), "column_grad": new(NUM_PAIR_COLUMN_STATS, 0), "kept": new(0),
+        "pointer": new(ROWS + 1, kind="int64"), "source": new(ROWS, kind="int64"),
     }  # fmt: skip
+
+
+def _example_of(op: str, device: str) -> dict[str, Any]:
+    """The arguments whose names mean something else in other ops."""
+    import torch
+
+    from fastloss.contract import NUM_PAIR_COLUMN_STATS, NUM_PAIR_MAP_STATS, NUM_PAIR_STATS
+
+    def new(*shape: int, kind: str = "float32") -> Any:
+        return torch.zeros(shape, device=device, dtype=getattr(torch, kind))
+
+    return {
+        "pair_stats_backward": {"rows": new(NUM_PAIR_STATS, ROWS), "columns": new(NUM_PAIR_COLUMN_STATS, 0)},
+        "pair_map_backward": {"grad": new(NUM_PAIR_MAP_STATS, ROWS)},
+        "pair_histogram_backward": {"grad": new(2, 2)},
+        "edge_sum": {"weight": new(ROWS)},
+        "edge_dot": {"rows": new(ROWS, kind="int64"), "columns": new(ROWS, kind="int64")},
+    }.get(op, {})
 
 
 def kernels() -> list[dict[str, str]]:
@@ -129,8 +150,9 @@ def kernels() -> list[dict[str, str]]:
     table = []
     for device in devices():
         for dtype in DTYPES:
-            example = _example(device, dtype)
+            common = _example(device, dtype)
             for op in registry.ops():
+                example = {**common, **_example_of(op, device)}
                 arguments = getattr(torch.ops.fastloss, op).default._schema.arguments
                 unknown = [a.name for a in arguments if a.name not in example and not _optional(a)]
                 values = [example.get(a.name, a.default_value if a.has_default_value() else None) for a in arguments]

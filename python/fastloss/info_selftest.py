@@ -15,6 +15,7 @@ import fastloss
 from . import registry
 from .contract import NUM_EPILOGUES
 from .info import CLASSES, DTYPES, FEATURES, ROWS, devices, guarded
+from .pairs import selftest as pairs_selftest
 from .reference import epilogue_coefficients
 
 
@@ -101,7 +102,12 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
         "linear_cross_entropy": (
             ("linear_cross_entropy",), graded(lambda x, w, t: head(x, w, t, reduction="sum"))
         ),
+        **{name: (ops, graded(loss)) for name, (ops, loss) in pairs_selftest.cases().items()},
     }  # fmt: skip
+
+
+#: The first op of a case says what it takes: of these x [N, D] and w [V, D], of the others the logits.
+TWO_OPERANDS = ("linear", "pair_", "row_topk", "edge_")
 
 
 def _worst(run: Callable[..., list[Any]], operands: Iterable[Any], target: Any) -> float:
@@ -130,7 +136,7 @@ def self_test(table: list[dict[str, str]]) -> list[dict[str, Any]]:
         for name, (ops, run) in _cases().items():
             if any(says.get((op, device, dtype, backend)) != "ok" for op in ops):
                 continue
-            operands = (x, w) if ops[0].startswith("linear") else (x @ w.T,)
+            operands = (x, w) if ops[0].startswith(TWO_OPERANDS) else (x @ w.T,)
             with registry.use_backend(backend):
                 error = guarded(partial(_worst, run, operands, target))
             broke = isinstance(error, dict)

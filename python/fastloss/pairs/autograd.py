@@ -22,12 +22,12 @@ _ops = torch.ops.fastloss
 DIFFERENTIABLE = 4
 
 
-class _Family(NamedTuple):
+class Family(NamedTuple):
     """One op: how it and its backward are called, and its reference."""
 
     forward: Callable[..., tuple[Tensor, ...]]  # of all inputs; what is saved for the backward comes last
     outputs: int  # how many of those are outputs of the Function
-    backward: Callable[..., tuple[Tensor, ...]]  # (grads, outputs, saved, inputs, needs)
+    backward: Callable[..., tuple[Tensor | None, ...]]  # (grads, outputs, saved, inputs, needs)
     compose: Callable[..., tuple[Tensor, ...]]  # of all inputs, differentiable
     extra: tuple[int, ...] = ()  # further differentiable inputs, whose gradients `thresholds` makes
     thresholds: Callable[..., list[Tensor | None]] = lambda *_: []
@@ -38,8 +38,8 @@ def _needs(flags: tuple[bool, ...]) -> int:
     return int(sum(flag for flag, needed in zip(order, flags, strict=True) if needed))
 
 
-def _functions(family: _Family) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    """The Function of eager calls and its twin for torch.func."""
+def functions(family: Family) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """A family's Function of eager calls, and its twin for torch.func."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
@@ -97,28 +97,38 @@ def _functions(family: _Family) -> tuple[type[torch.autograd.Function], type[tor
     return Eager, Functorch
 
 
-def _apply(family: _Family, functions: tuple[Any, Any], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def apply(family: Family, functions: tuple[Any, Any], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The outputs of a family's Function."""
     if forward_mode_active():
         return family.compose(*inputs)
+    if torch.compiler.is_compiling():
+        inputs = _distinct(inputs)
     return functions[functorch_active()].apply(*inputs)[: family.outputs]
+
+
+def _distinct(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Dynamo cannot trace a Function that is given one tensor twice (x with itself, the ids of both sides): views can be."""
+    return tuple(
+        x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- pair_stats
 
-_STATS = _Family(
+_STATS = Family(
     forward=lambda *inputs: _ops.pair_stats.default(*inputs),
     outputs=2,
     backward=lambda grads, outputs, inputs, needs: _ops.pair_stats_backward.default(*grads, *outputs, *inputs, needs),
     compose=lambda *inputs: reference.statistics(Pairing(*inputs[:PAIRING_LENGTH]), *inputs[PAIRING_LENGTH:-1]),
 )
-_STATS_FUNCTIONS = _functions(_STATS)
+_STATS_FUNCTIONS = functions(_STATS)
 
 
 def pair_stats(
     p: Pairing, boost: Tensor | None, margin: Tensor | None, want: int, second: float, keep: int
 ) -> tuple[Tensor, ...]:
     """(rows [9, M], columns [7, N]), differentiable with respect to q, k and the two scales."""
-    return _apply(_STATS, _STATS_FUNCTIONS, (*p, boost, margin, int(want), second, keep))
+    return apply(_STATS, _STATS_FUNCTIONS, (*p, boost, margin, int(want), second, keep))
 
 
 # ---------------------------------------------------------------------------------------------- pair_map
@@ -133,7 +143,7 @@ def _thresholds(grads: tuple[Tensor, ...], outputs: tuple[Tensor, ...], inputs: 
     ]
 
 
-_MAP = _Family(
+_MAP = Family(
     forward=lambda *inputs: (_ops.pair_map.default(*inputs),),
     outputs=1,
     backward=lambda grads, outputs, inputs, needs: _ops.pair_map_backward.default(*grads, *inputs, needs),
@@ -141,25 +151,25 @@ _MAP = _Family(
     extra=(PAIRING_LENGTH, PAIRING_LENGTH + 1),
     thresholds=_thresholds,
 )
-_MAP_FUNCTIONS = _functions(_MAP)
+_MAP_FUNCTIONS = functions(_MAP)
 
 
 def pair_map(p: Pairing, neg_threshold: Tensor | None, pos_threshold: Tensor | None, function: int) -> Tensor:
     """The table [8, M], differentiable in its first two rows with respect to q, k, the scales and the thresholds."""
-    return _apply(_MAP, _MAP_FUNCTIONS, (*p, neg_threshold, pos_threshold, int(function)))[0]
+    return apply(_MAP, _MAP_FUNCTIONS, (*p, neg_threshold, pos_threshold, int(function)))[0]
 
 
 # ---------------------------------------------------------------------------------------------- pair_histogram
 
-_HISTOGRAM = _Family(
+_HISTOGRAM = Family(
     forward=lambda *inputs: (_ops.pair_histogram.default(*inputs),),
     outputs=1,
     backward=lambda grads, outputs, inputs, needs: _ops.pair_histogram_backward.default(*grads, *inputs, needs),
     compose=lambda *inputs: (reference_map.histogram(Pairing(*inputs[:PAIRING_LENGTH]), *inputs[PAIRING_LENGTH:]),),
 )
-_HISTOGRAM_FUNCTIONS = _functions(_HISTOGRAM)
+_HISTOGRAM_FUNCTIONS = functions(_HISTOGRAM)
 
 
 def pair_histogram(p: Pairing, bins: int, first: float, step: float) -> Tensor:
     """The table [2, bins], differentiable with respect to q, k and the scales."""
-    return _apply(_HISTOGRAM, _HISTOGRAM_FUNCTIONS, (*p, bins, first, step))[0]
+    return apply(_HISTOGRAM, _HISTOGRAM_FUNCTIONS, (*p, bins, first, step))[0]

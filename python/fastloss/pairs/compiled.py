@@ -28,9 +28,7 @@ class CompiledPairing:
         check_pairing(p)
         self.alive: list[Tensor] = []
         (m, n), guide_d = p.shape, 0 if p.guide_q is None else p.guide_q.shape[1]
-        fields: dict[str, Any] = {
-            name: list(getattr(p, name)) for name in ("positive_diagonals", "excluded_diagonals")
-        }
+        fields: dict[str, Any] = {name: list(getattr(p, name)) for name in ("positive_diagonals", "excluded_diagonals")}
         for name in ("row_scale", "column_scale", "low", "high", "guide_limit"):
             fields[name] = self.address(getattr(p, name), torch.float32)
         for name in ("row_valid", "column_valid"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import _differentiate, batched, forward_mode_active, functorch_active
+from ..autograd import _differentiate, batched, can_look, forward_mode_active, functorch_active
 from ..reference import accumulator
 from . import ops  # noqa: F401  (ops registers what torch.ops.fastloss holds)
 
@@ -96,9 +96,18 @@ def edge_dot(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def edge_dot_csr(q: Tensor, k: Tensor, pointer: Tensor, columns: Tensor) -> Tensor:
-    """`edge_dot` along a CSR list: row i has the columns[pointer[i]:pointer[i + 1]]. pointer: [M + 1], falling nowhere."""
+    """`edge_dot` along a CSR list: row i has the columns[pointer[i]:pointer[i + 1]]. pointer: [M + 1] integers from 0 to E,
+    falling nowhere (ValueError otherwise; its numbers are looked at on a CPU)."""
     if pointer.shape != (q.shape[0] + 1,):
         raise ValueError(f"pointer must have shape [{q.shape[0] + 1}], got {tuple(pointer.shape)}")
+    if pointer.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"pointer must be int64 or int32, got {pointer.dtype}")
+    if can_look(pointer):
+        first, last = int(pointer[0]), int(pointer[-1])
+        if (first, last) != (0, columns.shape[0]) or bool((pointer.diff() < 0).any()):
+            raise ValueError(
+                f"pointer must rise from 0 to {columns.shape[0]}, got {pointer.tolist()[:8]} from {first} to {last}"
+            )
     rows = torch.repeat_interleave(
         torch.arange(q.shape[0], device=q.device), pointer.diff(), output_size=columns.shape[0]
     )

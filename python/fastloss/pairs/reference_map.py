@@ -95,9 +95,10 @@ def _histogram_rows(s: Scores, bins: int, first: float, step: float) -> Tensor:
     table = []
     for member in (s.negative, s.positive):
         counted = member & ~upper_share.isnan()
-        index, share = lower[counted], upper_share[counted]
-        row = s.z.new_zeros(bins)
-        table.append(row.index_add(0, index, 1 - share).index_add(0, index + 1, share))
+        lower_part = torch.where(counted, 1 - upper_share, 0.0).flatten()  # no boolean index: vmap has none
+        upper_part = torch.where(counted, upper_share, 0.0).flatten()
+        index = lower.flatten()
+        table.append(s.z.new_zeros(bins).index_add(0, index, lower_part).index_add(0, index + 1, upper_part))
     return torch.stack(table)
 
 

@@ -58,11 +58,17 @@ def valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else torch.where((valid != 0)[:, None], x, 0.0)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in its own dtype: autocast, which is on while an op runs, would round it to 16 bits."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def scores(p: Pairing, start: int, stop: int) -> Scores:
     """The matrix of rows start..stop."""
     n, device = p.k.shape[0], p.device
     q = valid_rows(p.q[start:stop], None if p.row_valid is None else p.row_valid[start:stop])
-    dots = q @ valid_rows(p.k, p.column_valid).t()
+    dots = product(q, valid_rows(p.k, p.column_valid).t())
     z = p.row_scale[start:stop, None].to(dots.dtype) * dots
     if p.column_scale is not None:
         z = z * p.column_scale.to(dots.dtype)
@@ -80,7 +86,7 @@ def scores(p: Pairing, start: int, stop: int) -> Scores:
     if p.high is not None:
         negative = negative & ~(z.detach() > p.high[start:stop, None])
     if p.guide_q is not None and p.guide_k is not None and p.guide_limit is not None:
-        guide = accumulator(p.guide_q[start:stop]) @ accumulator(p.guide_k).t()
+        guide = product(accumulator(p.guide_q[start:stop]), accumulator(p.guide_k).t())
         negative = negative & ~(guide.detach() > p.guide_limit[start:stop, None])
     return Scores(start, stop, dots, z, negative, positive)
 
@@ -121,10 +127,10 @@ class Gradients:
         used = s.negative | s.positive
         dots = torch.where(used, s.dots, 0.0)
         if self.needs & PairNeeds.Q:
-            self.dq[rows] = ds @ valid_rows(p.k, p.column_valid)
+            self.dq[rows] = product(ds, valid_rows(p.k, p.column_valid))
         if self.needs & PairNeeds.K:
             valid = None if p.row_valid is None else p.row_valid[rows]
-            self.dk += ds.t() @ valid_rows(p.q[rows], valid)
+            self.dk += product(ds.t(), valid_rows(p.q[rows], valid))
         if len(self.rows):
             self.rows[rows] = (dz * b * dots).sum(1)
         if len(self.columns):

@@ -1,0 +1,82 @@
+"""Which in-batch negatives are false: those too similar to the query by the model's own score, or by a guide's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pairs import Guide
+from .dots import own_similarity, private_similarity, unit
+
+
+@dataclass(frozen=True)
+class GuideEmbeddings:
+    """What a guide model says of the same texts; no gradient flows into it. (GISTEmbed: Guided In-sample Selection of Training
+    Negatives for Text Embedding Fine-tuning.)
+
+    q, k: [B, E]; negatives: [B, M, E] of the rows' own hard negatives; shared: [N, E] of the shared ones.
+    margin: a negative is false where its guide similarity exceeds that of the row's positive g_ii less the margin:
+        strategy "absolute": g_ii - margin;  "relative": g_ii - |g_ii| margin.
+    """
+
+    q: Tensor
+    k: Tensor
+    negatives: Tensor | None = None
+    shared: Tensor | None = None
+    margin: float = 0.0
+    strategy: str = "absolute"
+
+    def __post_init__(self) -> None:
+        if self.strategy not in ("absolute", "relative"):
+            raise ValueError(f"strategy must be absolute or relative, got {self.strategy!r}")
+
+
+class Limits(NamedTuple):
+    """The thresholds of each row [B], without gradient; None where nothing is masked."""
+
+    own: Tensor | None  # of the model's own similarity
+    guide: GuideEmbeddings | None  # normalised if cosines are wanted
+    guide_limit: Tensor | None
+
+    def window(self) -> tuple[None, Tensor] | None:
+        """The window of `pair_stats`."""
+        return None if self.own is None else (None, self.own)
+
+    def guided(self, rows: Tensor | None, columns: Tensor | None) -> Guide | None:
+        """The `Guide` of a matrix of these guide embeddings."""
+        if rows is None or columns is None or self.guide_limit is None:
+            return None
+        return Guide(rows, columns, self.guide_limit)
+
+    def keep_private(self, similarity: Tensor) -> Tensor | None:
+        """bool [B, M]: the hard negatives of a row's own that are kept."""
+        keep = None
+        if self.own is not None:
+            keep = similarity.detach() <= self.own[:, None]
+        if self.guide is not None and self.guide_limit is not None:
+            if self.guide.negatives is None:
+                raise ValueError("the guide has no negatives, but there are hard negatives")
+            told = private_similarity(self.guide.q, self.guide.negatives, False) <= self.guide_limit[:, None]
+            keep = told if keep is None else keep & told
+        return keep
+
+
+def limits(positive: Tensor, own_margin: float | None, guide: GuideEmbeddings | None, normalize: bool) -> Limits:
+    """The thresholds from the similarity [B] of each row with its positive."""
+    own = None if own_margin is None else positive.detach() + own_margin
+    if guide is None:
+        return Limits(own, None, None)
+
+    def prepared(x: Tensor | None) -> Tensor | None:
+        return None if x is None else unit(x.detach()) if normalize else x.detach()
+
+    q, k = unit(guide.q.detach()), unit(guide.k.detach())
+    if not normalize:
+        q, k = guide.q.detach(), guide.k.detach()
+    level = own_similarity(q, k, False)
+    slack = guide.margin * (level.abs() if guide.strategy == "relative" else torch.ones_like(level))
+    ready = GuideEmbeddings(q, k, prepared(guide.negatives), prepared(guide.shared), guide.margin, guide.strategy)
+    return Limits(own, ready, level - slack)
