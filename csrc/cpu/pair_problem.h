@@ -19,7 +19,7 @@ constexpr int64_t kBlock = kTile * kStepUnits; // units of one step of either op
 constexpr int64_t kProduct = kTile * kTile;    // floats of a product
 constexpr int64_t kStepsAtOnce = 16;           // a long reduction is summed by blocks
 constexpr int64_t kMostPanels = 16;            // column panels of a block
-constexpr int64_t kRowPanels = 4;              // row panels that a gradient product of columns takes at a time
+constexpr int64_t kRowPanels = 8;              // row panels that the gradient of columns takes at a time, at most
 
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
