@@ -58,6 +58,7 @@ def _tiled(case: PairCase) -> tuple[dict[str, Any], dict[str, int]]:
     positive = bool(has & {"ids", "bits"}) or (ranked and case.want & 2 > 0)
     general = positive or ranked or bool(has & {"excluded ids", "excluded bits", "window", "guide"})
     extras = len(has & {"boost"}) + (bin(case.want & 6).count("1") if statistics and not ranked else 0)
+    extras += case.kernel == "pair_map"
     if general:
         extras += len(has & {"margin", "column scale", "valid", "excluded ids", "excluded bits"}) + 2 * ("window" in has)
     load = register_load(general, ranked or bool(has & {"bits", "excluded bits", "guide"}), extras, bool(statistics and case.want & 1))

@@ -38,7 +38,7 @@ def default_tile(item_size: int, load: int, gradient: bool, capability: tuple[in
         return Tile(128, 256, depth, 8, 3)
     if load <= BOTH and not (gradient and major >= 10):
         return Tile(128, 128, depth, 8, 3)
-    return Tile(64, 64 if gradient and major >= 10 and load == MASKED else 128, depth, 8, 3)
+    return Tile(64, 64 if gradient and major >= 9 and load == MASKED else 128, depth, 8, 3)
 
 
 def numbers(x: Tensor | None) -> Tensor | None:

@@ -204,8 +204,8 @@ def pair_diagonal_kernel(q, k, row_scale, column_scale, row_valid, column_valid,
         positive = positive & (j - i != e1)
     if excluded_rows is not None:
         if excluded_columns is not None:
-            a = tl.load(excluded_rows + i, mask=inside, other=0)
-            positive = positive & (a != tl.load(excluded_columns + j, mask=inside, other=0))
+            row_id = tl.load(excluded_rows + i, mask=inside, other=0)
+            positive = positive & (row_id != tl.load(excluded_columns + j, mask=inside, other=0))
         else:
             word = tl.load(excluded_rows + wide(i) * tl.cdiv(N, 32) + j // 32, mask=inside, other=0)
             positive = positive & (((word >> (j % 32)) & 1) == 0)
