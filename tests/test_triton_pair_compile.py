@@ -1,4 +1,4 @@
-"""The Triton kernels of pairs, compiled for GPUs that are not here: they build, spill nothing, fit in shared memory, use matrix units."""
+"""The Triton kernels of pairs, compiled for GPUs that are not here: as test_triton_compile.py does for rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,19 @@ COLUMNS, MEAN, SECOND = 1, 2, 4
 TILED = ("pair_stats", "pair_gradient", "pair_map", "pair_map_gradient", "row_topk")
 CLIP, QUEUE = ("diagonal",), ("diagonal", "excluded diagonal", "valid", "column scale")
 SUPERVISED = ("ids", "excluded diagonal")
-EVERYTHING = ("ids", "diagonal", "excluded ids", "excluded diagonal", "valid", "column scale", "boost", "margin", "window")
+EVERYTHING = (
+    "ids",
+    "diagonal",
+    "excluded ids",
+    "excluded diagonal",
+    "valid",
+    "column scale",
+    "boost",
+    "margin",
+    "window",
+)
 BITS = ("bits", "excluded bits", "diagonal", "valid")
+MAPPED = ("ids", "valid", "window", "column scale", "guide", "thresholds")
 GUIDED = ("diagonal", "excluded diagonal", "guide")
 
 
@@ -31,6 +42,7 @@ def statistics_cases() -> list[PairCase]:
             cases.append(PairCase(kernel, "bf16", target, (*EVERYTHING, "guide"), COLUMNS | MEAN | SECOND, tma))
             cases.append(PairCase(kernel, "fp32", target, CLIP, COLUMNS))
             cases.append(PairCase(kernel, "fp32", target, EVERYTHING, COLUMNS | MEAN | SECOND))
+        cases.append(PairCase(kernel, "fp32", "sm_90", (*EVERYTHING, "guide"), COLUMNS | MEAN | SECOND))
         cases.append(PairCase(kernel, "fp16", "sm_90", CLIP, COLUMNS, True))
         cases.append(PairCase(kernel, "bf16", "sm_90", CLIP, COLUMNS))  # operands that the copy engine cannot read
         cases.append(PairCase(kernel, "bf16", "sm_90", GUIDED, COLUMNS, True))
@@ -43,7 +55,7 @@ def other_tiles() -> list[PairCase]:
     for target, tma in (("sm_80", False), ("sm_90", True), ("sm_100", True)):
         for kernel in ("pair_map", "pair_map_gradient"):
             cases.append(PairCase(kernel, "bf16", target, (*CLIP, "thresholds"), 0, tma))
-            cases.append(PairCase(kernel, "bf16", target, ("ids", "valid", "window", "column scale", "guide", "thresholds"), 3, tma))
+            cases.append(PairCase(kernel, "bf16", target, MAPPED, 3, tma))
         cases.append(PairCase("row_topk", "bf16", target, EVERYTHING, 3, tma))
     for kernel in ("pair_map", "pair_map_gradient"):
         cases += [PairCase(kernel, "fp32", "sm_90", ("ids", "thresholds"), function) for function in range(3)]
@@ -59,7 +71,9 @@ def vector_cases() -> list[PairCase]:
     cases.append(PairCase("diagonal", "bf16", "sm_90", (*QUEUE, "excluded ids", "margin")))
     cases.append(PairCase("diagonal", "fp32", "sm_80", ("diagonal", "excluded bits")))
     cases.append(PairCase("diagonal_gradient", "fp32", "sm_90", QUEUE))
-    return cases + [PairCase(kernel, "fp32", "sm_90", (*QUEUE, "thresholds"), 0) for kernel in ("map_merge", "map_diagonal")]
+    return cases + [
+        PairCase(kernel, "fp32", "sm_90", (*QUEUE, "thresholds"), 0) for kernel in ("map_merge", "map_diagonal")
+    ]
 
 
 CASES = statistics_cases() + other_tiles() + vector_cases()

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fastloss.contract import PairFunction, PairWant
 from fastloss.pairs import ops, reference, reference_map  # noqa: F401  (ops registers torch.ops.fastloss)
 from fastloss.pairs.pairing import Pairing
-from torch import Tensor
 
 EVERYTHING = int(PairWant.COLUMNS | PairWant.MEAN | PairWant.SECOND)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
@@ -70,7 +71,9 @@ def close(ours: Tensor, truth: Tensor, tolerance: float, name: str = "") -> None
     assert not wrong.any(), f"{name}: {wrong.nonzero()[:5].tolist()}, ours {a[wrong][:5]}, truth {b[wrong][:5]}"
 
 
-def close_gradients(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype, slack: float = 1.0) -> None:
+def close_gradients(
+    ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype, slack: float = 1.0
+) -> None:
     """Relative L2 over all, and no element far off. Below 0.1 random upstream gradients cancel."""
     for name, a, b in zip(("dq", "dk", "drow_scale", "dcolumn_scale"), ours, truth, strict=True):
         assert a.shape == b.shape, f"{name}: {tuple(a.shape)}, expected {tuple(b.shape)}"
@@ -93,7 +96,9 @@ def gradient_truth(grads: tuple[Tensor, Tensor], p: Pairing, *args: Any, needs: 
     """Gradients in float64 from float64 statistics."""
     rows, columns = statistics_truth(p, *args)
     kept = torch.empty(0)
-    return reference.pair_stats_backward(*map(double, grads), rows, columns, kept, *map(double, p), *map(double, args), 0, needs)
+    return reference.pair_stats_backward(
+        *map(double, grads), rows, columns, kept, *map(double, p), *map(double, args), 0, needs
+    )
 
 
 def map_truth(p: Pairing, thresholds: tuple[Tensor | None, ...], function: int, grad: Tensor) -> tuple[Any, ...]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastloss.contract import PairFunction
-from fastloss.pairs import edges, reference_edges
 from fastloss.triton_kernels import edge_dot as edge_kernels
 from fastloss.triton_kernels import pair_map as map_kernels
 from fastloss.triton_kernels import row_topk as topk_kernels
 from fastloss.triton_kernels.linear_row_stats import Tile
 
 import fastloss
+from fastloss.contract import PairFunction
+from fastloss.pairs import edges, reference_edges
 from triton_pair_problem import close, close_gradients, double, features, map_truth, operands
 
 SMALL = Tile(16, 32, 16, 4, 2)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastloss.pairs.pairing import Pairing
 from fastloss.triton_kernels import pair_stats as kernels
 from fastloss.triton_kernels.linear_row_stats import Tile
 from torch import Tensor
 
 import fastloss
+from fastloss.pairs.pairing import Pairing
 from triton_pair_problem import (
     EVERYTHING,
     close,
@@ -123,7 +123,12 @@ def test_no_pair_of_a_class() -> None:
     same = dict(excluded_rows=torch.zeros(20, dtype=torch.int32), excluded_columns=torch.zeros(40, dtype=torch.int32))
     alike = dict(positive_rows=same["excluded_rows"], positive_columns=same["excluded_columns"])
     nobody = dict(row_valid=torch.zeros(20, dtype=torch.uint8))
-    for given in (alike, dict(same, positive_diagonals=(0,)), dict(nobody, positive_diagonals=(1,)), dict(same, **alike)):
+    for given in (
+        alike,
+        dict(same, positive_diagonals=(0,)),
+        dict(nobody, positive_diagonals=(1,)),
+        dict(same, **alike),
+    ):
         rows, columns, *_ = check(operands(20, 40, 16, **given), EVERYTHING)
         assert (rows[1] == -INF).all() and (columns[1] == -INF).all() and (rows[5] == 0).all()
     p = operands(20, 40, 16, **same)
