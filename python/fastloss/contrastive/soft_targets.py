@@ -22,14 +22,14 @@ from .mixing import mixup_info_nce_loss
 from .reduction import check_reduction, reduce
 
 #: Numbers of the teacher's matrix that are held at a time.
-_HELD = 1 << 22
+_HELD = 1 << 20
 
 
 def attention(
     teacher_q: Tensor, teacher_k: Tensor, values: Tensor, scale: Temperature, bias: Tensor | None = None
 ) -> Tensor:
     """sum_j softmax_j(scale <teacher_q_i, teacher_k_j> + bias_j) values_j, [M, D], some rows at a time, made again in the
-    backward: memory O(M D) and 16 MB."""
+    backward: memory O(M D) and some megabytes."""
 
     def some(part: Tensor, teacher_k: Tensor, values: Tensor) -> Tensor:
         logits = scale * (part @ teacher_k.t())
@@ -68,7 +68,7 @@ def distill_clip_loss(
         scale, teacher_scale: 1 / temperature of each, a number or a tensor [].
         normalize: divide all four by their norms. reduction: "mean", "sum", "none" ([B]).
 
-    Raises ValueError and TypeError as `pair_stats`. Memory: O(B (D + E)) and 16 MB; the products with the teacher are made twice.
+    Raises ValueError and TypeError as `pair_stats`. Memory: O(B (D + E)) and some megabytes.
     """
     check_reduction(reduction)
     check_same_shape(q, k)
@@ -99,7 +99,7 @@ def soft_clip_loss(
         q, targets: [B, D]. scale: s = 1 / temperature, of both softmaxes.
         detach: no gradient through the soft labels (through the targets as keys there is one). reduction: as above.
 
-    Raises ValueError and TypeError as `pair_stats`. Memory: O(B D) and 16 MB.
+    Raises ValueError and TypeError as `pair_stats`. Memory: O(B D) and some megabytes.
     Source: Harnessing Shared Relations via Multimodal Mixup Contrastive Learning for Multimodal Classification.
     """
     check_reduction(reduction)
@@ -146,7 +146,7 @@ def swalip_loss(
         q, k: two views each, [B, D]; normalised inside. scale: s of the predictions; epsilon: temperature of the assignments.
 
     Returns the mean over the four pairs of views, without the weight 0.2. Raises ValueError and TypeError as `pair_stats`.
-    Memory: O(B D) and 16 MB. Source: Improved baselines for vision-language pre-training.
+    Memory: O(B D) and some megabytes. Source: Improved baselines for vision-language pre-training.
     """
     if len(q) != 2 or len(k) != 2:
         raise ValueError(f"swalip_loss takes two views of each modality, got {len(q)} and {len(k)}")
