@@ -11,33 +11,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..losses import catalogue
 from ..pairs import pair_stats
 from ..pairs.arguments import Temperature
 from .arguments import check_same_shape, check_weight, unit
+from .attention import attention
 from .loss_module import LossModule
 from .mixing import mixup_info_nce_loss
 from .reduction import check_reduction, reduce
-
-#: Numbers of the teacher's matrix that are held at a time.
-_HELD = 1 << 20
-
-
-def attention(
-    teacher_q: Tensor, teacher_k: Tensor, values: Tensor, scale: Temperature, bias: Tensor | None = None
-) -> Tensor:
-    """sum_j softmax_j(scale <teacher_q_i, teacher_k_j> + bias_j) values_j, [M, D], some rows at a time, made again in the
-    backward: memory O(M D) and some megabytes."""
-
-    def some(part: Tensor, teacher_k: Tensor, values: Tensor) -> Tensor:
-        logits = scale * (part @ teacher_k.t())
-        return (logits if bias is None else logits + bias).softmax(1) @ values
-
-    step = max(1, _HELD // max(teacher_k.shape[0], 1))
-    parts = [checkpoint(some, p, teacher_k, values, use_reentrant=False) for p in teacher_q.split(step)]
-    return torch.cat(parts)
 
 
 def _cross_entropy(
