@@ -47,7 +47,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, values, scale, bias, out = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = _differentiate(lambda *x: _dense(*x, bias), (q, k, values, scale), (grad,))
+            found = _differentiate(
+                lambda q, k, values, scale: _dense(q, k, values, scale, bias), (q, k, values, scale), (grad,)
+            )
             return *found, None
         teacher = any(ctx.needs_input_grad[i] for i in (0, 1, 3))
         dq, dk, dvalues = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(values)
