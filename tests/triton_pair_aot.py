@@ -68,9 +68,8 @@ def _tiled(case: PairCase) -> tuple[dict[str, Any], dict[str, int]]:
         extras += len(has & {"margin", "column scale", "valid", "excluded ids", "excluded bits"}) + 2 * (
             "window" in has
         )
-    load = register_load(
-        general, ranked or bool(has & {"bits", "excluded bits", "guide"}), extras, bool(statistics and case.want & 1)
-    )
+    bits, columns = bool(has & {"bits", "excluded bits"}), bool(statistics and case.want & 1)
+    load = register_load(general, "guide" in has, ranked or bits, extras, columns)
     size = ITEM_SIZE[case.dtype]
     tile = case.tile or default_tile(size, load, gradient, CAPABILITY[case.target], case.tma)
     precision = "ieee" if size == 4 else "tf32"

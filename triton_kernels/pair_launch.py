@@ -74,8 +74,8 @@ class Launch:
         self, pairing: tuple[Any, ...], tile: Tile | None, tma: bool | None, extras: int = 0, margin: Tensor | None = None,
         columns: bool = False, gradient: bool = False, ranked: bool = False, positives: bool = False,
     ) -> None:  # fmt: skip
-        """extras: further numbers of the op a row, besides the margin; columns: sums of columns are wanted; ranked, positives: tiles
-        make the masks of negatives, and of positives, even where the pairing alone does not ask for them."""
+        """extras: further numbers of the op a row, besides the margin; columns: sums of columns are wanted; ranked, positives:
+        tiles make the masks of negatives, and of positives, even where the pairing alone does not ask for them."""
         (q, k, row_scale, column_scale, row_valid, column_valid, positive_rows, positive_columns, positive_diagonals,
          excluded_rows, excluded_columns, excluded_diagonals, low, high, guide_q, guide_k, guide_limit) = pairing  # fmt: skip
         self.q, self.k = _rows(q), _rows(k)

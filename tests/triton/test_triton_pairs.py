@@ -182,7 +182,7 @@ def test_a_scale_of_zero_has_a_gradient(kind: str) -> None:
 
 def test_only_what_is_needed() -> None:
     p = operands(35, 50, 20, **features("two diagonals", 35, 50))
-    for needs in (0, 1, 2, 4, 8):
+    for needs in (0, 1, 6, 8):
         _, _, *ours = check(p, needs=needs)
         assert [bool(g.numel()) for g in ours] == [bool(needs & bit) for bit in (1, 2, 4, 8)]
     assert check(operands(5, 5, 4))[-1].numel() == 0  # no column_scale, no gradient of it
@@ -207,7 +207,7 @@ def test_strides_and_descriptors() -> None:
 
 
 def test_reruns_and_chunks() -> None:
-    p = operands(70, 65, 24, **features("ids and all else", 70, 65))
+    p = operands(40, 65, 16, **features("ids and all else", 40, 65))
     torch.manual_seed(3)
     first = check(p, EVERYTHING)
     torch.manual_seed(3)
