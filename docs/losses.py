@@ -27,9 +27,9 @@ what the kernels compute beyond z_y and the LSE of the rest; "gradient" is dL/dz
 second and third table take other inputs than `RowStats`: see their docstrings.
 """
 
-PAIRS = """Functions of embeddings, `fastloss.contrastive.<name>`, most with a module of the same name (`NTXentLoss`); no similarity matrix is
-stored. s = 1 / tau is the scale, <q, k> a similarity, P and N positives and negatives of a row, `reduction` "mean" (over all rows),
-"mean_valid" (over rows that have a positive), "sum" or "none".
+PAIRS = """Functions of embeddings, `fastloss.contrastive.<name>`, most with a module of the same name (`NTXentLoss`); no
+similarity matrix is stored. s = 1 / tau is the scale, <q, k> a similarity, P and N positives and negatives of a row,
+`reduction` "mean" (over all rows), "mean_valid" (over rows that have a positive), "sum" or "none".
 """
 
 

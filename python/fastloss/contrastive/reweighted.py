@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..losses import catalogue
-from ..pairs import Diagonal, pair_map, pair_stats, row_topk
+from ..pairs import Diagonal, pair_map, pair_nll, pair_stats, row_topk
 from ..pairs.arguments import Temperature
 from ..pairs.statistics import INF
 from .dots import check_pair, finite_softplus, scale_of
@@ -201,7 +201,7 @@ def n_pairs_loss(anchors: Tensor, positives: Tensor, *, norm_weight: float = 0.0
     check_pair(anchors, positives, "anchors and positives")
     if not (norm_weight >= 0 and math.isfinite(norm_weight)):
         raise ValueError(f"norm_weight must be finite and >= 0, got {norm_weight}")
-    values = pair_stats(anchors, positives, columns=False).nll
+    values, _ = pair_nll(anchors, positives)
     if norm_weight:
         norms = sum(x.to(values.dtype).square().sum(1) for x in (anchors, positives))
         values = values + norm_weight / 4 * norms
