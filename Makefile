@@ -29,6 +29,7 @@ build/.installed: $(VENV)/.ready $(SOURCES)
 
 demo: setup
 	$(PY) examples/language_model.py
+	$(PY) examples/contrastive_digits.py --quick
 
 test: setup
 	$(PY) -m pytest -q -m "not slow"

@@ -55,10 +55,10 @@ def classes(
     own = mask_of(positive, m, n) & allowed
     others = allowed & ~own
     if window is not None:
-        low, high = (torch.as_tensor(b).expand(m)[:, None] for b in window)
+        low, high = (torch.as_tensor(b, dtype=similarity.dtype).expand(m)[:, None] for b in window)
         others &= (similarity >= low) & (similarity <= high)
     if guide is not None:
-        limit = torch.as_tensor(guide.limit).expand(m)[:, None]
+        limit = torch.as_tensor(guide.limit, dtype=torch.float64).expand(m)[:, None]
         others &= ~(guide.q.double() @ guide.k.double().t() > limit)
     return others, own
 
@@ -83,12 +83,12 @@ def dense_stats(
     if normalize:
         q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     s = q @ k.t()
-    z = torch.as_tensor(scale).to(s.dtype).expand(len(q))[:, None] * s
+    z = torch.as_tensor(scale, dtype=s.dtype).expand(len(q))[:, None] * s
     z = z if column_scale is None else z * column_scale
     z = z if bias is None else z + bias
     negative, own = classes(q, k, s.detach(), positive, excluded, row_valid, column_valid, window, guide)
     below = z + hardness * s.detach()
-    above = z if margin is None else z - torch.as_tensor(margin).expand(len(q))[:, None]
+    above = z if margin is None else z - torch.as_tensor(margin, dtype=s.dtype).expand(len(q))[:, None]
     out = {}
     for prefix, dim in (("", 1), ("columns.", 0)):
         lses = {"neg_lse": _lse(below, negative, dim), "pos_lse": _lse(above, own, dim)}
