@@ -139,8 +139,8 @@ def pair_nll(
     q: Tensor, k: Tensor | None = None, *, scale: Temperature = 1.0, positive: PairSets = DIAGONAL, excluded: PairSets = None,
     normalize: bool = False, columns: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`nll` of the rows and of the columns (empty unless asked for): what `pair_stats(...).nll` is, and nothing else, so that a matrix of a
-    few thousand pairs may be made as a whole, where that is faster than a kernel. Arguments and errors are those of `pair_stats`.
+    """`nll` of the rows and of the columns (empty unless asked for): what `pair_stats(...).nll` is, and nothing
+    else: a matrix of a few thousand pairs is made as a whole, where that is faster than a kernel. Arguments and errors are those of `pair_stats`.
     """
     positive = None if k is None and positive is DIAGONAL else positive
     if q.dim() == 2 and q.shape[0] * (q if k is None else k).shape[0] <= MOST_PAIRS:
@@ -165,11 +165,8 @@ def _kept(p: Pairing, max_bytes: int | None) -> int:
     if max_bytes is not None and max_bytes < 0:
         raise ValueError(f"max_kept_bytes must be >= 0, got {max_bytes}")
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in p[:4])
-    if (
-        p.device.type != "cpu"
-        or not needed
-        or (max_bytes is None and not (p.q.dtype == torch.float32 and p.q.shape[1] >= KEPT_FROM))
-    ):
+    pays = max_bytes is not None or (p.q.dtype == torch.float32 and p.q.shape[1] >= KEPT_FROM)
+    if p.device.type != "cpu" or not needed or not pays:
         return 0
     (m, n), limit = p.shape, KEPT_BYTES if max_bytes is None else max_bytes
     return min(limit // 4, KEPT_HEADER + -(-m // 32) * -(-n // 32) * 32 * 32)
