@@ -139,8 +139,8 @@ def pair_nll(
     q: Tensor, k: Tensor | None = None, *, scale: Temperature = 1.0, positive: PairSets = DIAGONAL, excluded: PairSets = None,
     normalize: bool = False, columns: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`nll` of the rows and of the columns (empty unless asked for): what `pair_stats(...).nll` is, and nothing
-    else: a matrix of a few thousand pairs is made as a whole, where that is faster than a kernel. Arguments and errors are those of `pair_stats`.
+    """`nll` of the rows and of the columns (empty unless asked for): what `pair_stats(...).nll` is, and nothing else. A matrix
+    of a few thousand pairs is made as a whole, where that is faster than a kernel. Arguments and errors: as `pair_stats`.
     """
     positive = None if k is None and positive is DIAGONAL else positive
     if q.dim() == 2 and q.shape[0] * (q if k is None else k).shape[0] <= MOST_PAIRS:
