@@ -227,14 +227,25 @@ def n_pairs_loss(anchors: Tensor, positives: Tensor, *, norm_weight: float = 0.0
 class HCLLoss(LossModule):
     """`hcl_loss` as a module."""
 
-    def __init__(self, temperature: float = 0.5, *, beta: float = 1.0, tau_plus: float = 0.1) -> None:
+    def __init__(
+        self, temperature: float = 0.5, *, beta: float = 1.0, tau_plus: float = 0.1, normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:  # fmt: skip
         scale_of(temperature)
-        super().__init__(hcl_loss, temperature=temperature, beta=beta, tau_plus=tau_plus)
+        check_reduction(reduction)
+        super().__init__(
+            hcl_loss, temperature=temperature, beta=beta, tau_plus=tau_plus, normalize=normalize, reduction=reduction
+        )
 
 
 class DualTemperatureLoss(LossModule):
     """`dual_temperature_loss` as a module."""
 
-    def __init__(self, temperature: float = 0.1, *, dt_m: float = 10.0) -> None:
+    def __init__(
+        self, temperature: float = 0.1, *, dt_m: float = 10.0, normalize: bool = True, reduction: str = "mean"
+    ) -> None:
         scale_of(temperature)
-        super().__init__(dual_temperature_loss, temperature=temperature, dt_m=dt_m)
+        check_reduction(reduction)
+        super().__init__(
+            dual_temperature_loss, temperature=temperature, dt_m=dt_m, normalize=normalize, reduction=reduction
+        )
