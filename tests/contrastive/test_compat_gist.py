@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastloss.compat.sentence_transformers import GISTEmbedLoss
+from fastloss.compat.sentence_transformers import GISTEmbedLoss, MultipleNegativesRankingLoss
 from peers import check_same, embeddings, largest_saved, module_of
 
 
@@ -197,3 +197,16 @@ def test_errors():
         loss([{}, {}], None)
     with pytest.raises(ValueError, match="needs input_ids"):
         GISTEmbedLoss(Model(), Model(3))([{"pixel_values": torch.zeros(2)}] * 2, None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "title"),
+    [
+        (GISTEmbedLoss(), "Guided In-sample Selection"),
+        (MultipleNegativesRankingLoss(), "Response Suggestion for Smart"),
+    ],
+)
+def test_citation(loss, title):
+    """A model card asks each loss for it."""
+    assert loss.citation.startswith("@") and title in loss.citation
+    assert loss.citation.count("{") == loss.citation.count("}")

@@ -88,6 +88,11 @@ def test_errors():
     for loss in (ClipLoss(), SigLipLoss()):
         with pytest.raises(ValueError, match=r"one shape \[B, D\]"):
             loss(image, text[:3], scale, bias)
+        for shape in ((1, 4, -1), (-1,)):
+            with pytest.raises(ValueError, match=r"one shape \[B, D\]"):
+                loss(image.reshape(shape), text.reshape(shape), scale, bias)
+    with pytest.raises(ValueError, match=r"logit_bias must be one number, got shape \[4\]"):
+        SigLipLoss()(image, text, scale, torch.zeros(4))
     for made in (ClipLoss(rank=0, world_size=2), SigLipLoss(rank=0, world_size=2)):
         with pytest.raises(RuntimeError, match="init_process_group"):
             made(image, text, scale, bias)

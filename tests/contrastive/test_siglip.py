@@ -111,3 +111,10 @@ def test_clipn_where_softmax_underflows():
     assert float(terms.yes) == pytest.approx(1000.0)
     with pytest.raises(ValueError, match="one shape"):
         clipn_loss(image, text, no[:1], 1.0)
+
+
+def test_bias_is_one_number():
+    q, k = torch.randn(2, 4, 3)
+    torch.testing.assert_close(siglip_loss(q, k, 2.0, torch.full((1,), -1.0)), siglip_loss(q, k, 2.0, -1.0))
+    with pytest.raises(ValueError, match=r"bias must be one number.*got shape \[4\]"):
+        siglip_loss(q, k, 2.0, torch.zeros(4))

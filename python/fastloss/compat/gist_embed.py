@@ -15,6 +15,16 @@ from ..pairs.statistics import logaddexp, softplus
 
 _STRATEGIES = ("absolute", "relative")
 
+_CITATION = """\
+@misc{solatorio2024gistembed,
+    title = {GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},
+    author = {Solatorio, Aivin V.},
+    year = {2024},
+    eprint = {2402.16829},
+    archivePrefix = {arXiv},
+}
+"""
+
 
 def embed(model: Any, features: Iterable[dict[str, Any]]) -> list[Tensor]:
     """The sentence embeddings of each column of texts."""
@@ -85,6 +95,11 @@ class GISTEmbedLoss(nn.Module):
                 raise ValueError(f"the {name} must have a tokenizer with get_vocab(), got {type(x).__name__}")
         same = self.model.tokenizer.get_vocab() == self.guide.tokenizer.get_vocab()
         return not same or self.guide.max_seq_length < self.model.max_seq_length
+
+    @property
+    def citation(self) -> str:
+        """The paper, for the model card that sentence-transformers writes."""
+        return _CITATION
 
     def _guide_features(self, features: dict[str, Any]) -> dict[str, Any]:
         """The same texts for the guide, in a dict of their own: models write into theirs."""

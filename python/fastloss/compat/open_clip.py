@@ -18,7 +18,7 @@ _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
 def _check_features(image_features: Tensor, text_features: Tensor) -> None:
-    if image_features.shape != text_features.shape:
+    if image_features.dim() != 2 or image_features.shape != text_features.shape:
         raise ValueError(
             "image_features and text_features must have one shape [B, D], "
             f"got {list(image_features.shape)} and {list(text_features.shape)}"
@@ -127,6 +127,8 @@ class SigLipLoss(nn.Module):
             text_features = gather_keys(text_features)
         threshold = None if logit_bias is None else -logit_bias
         if isinstance(threshold, Tensor):
+            if threshold.numel() != 1:
+                raise ValueError(f"logit_bias must be one number, got shape {list(threshold.shape)}")
             threshold = threshold.reshape(())
         sums = pair_map(
             image_features, text_features, "softplus", scale=logit_scale, neg_threshold=threshold,

@@ -16,7 +16,8 @@ normalised embeddings, which is 2 - 2 cosine. Any other is refused with TypeErro
 Differences from pytorch-metric-learning: TCM looks its references up in ref_emb (there: in embeddings). One positive
 and one negative pair alone have a loss (there: 0). NTXentLoss has no floor under its logarithm (there, float32 losses
 stop at 87). A float32 loss that rounding makes 0 there, and so leaves out of AvgNonZeroReducer's mean, is a small
-number here and counts.
+number here and counts. `.distance` and `.reducer` are what was passed, None where nothing was (there: the default
+objects).
 """
 
 from __future__ import annotations

@@ -35,6 +35,17 @@ _PARTITIONS = ("joint", "per_direction")
 _HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 _SIMILARITIES = {"cos_sim": True, "cosine": True, "dot_score": False, "dot": False}
 
+_CITATION = """\
+@misc{henderson2017efficient,
+    title = {Efficient Natural Language Response Suggestion for Smart Reply},
+    author = {Henderson, Matthew and Al-Rfou, Rami and Strope, Brian and Sung, Yun-hsuan and Lukacs, Laszlo and Guo, Ruiqi and
+        Kumar, Sanjiv and Miklos, Balint and Kurzweil, Ray},
+    year = {2017},
+    eprint = {1705.00652},
+    archivePrefix = {arXiv},
+}
+"""
+
 
 def _similarity_name(function: Callable[..., Tensor] | str) -> str:
     name = function if isinstance(function, str) else getattr(function, "__name__", "")
@@ -105,6 +116,11 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.gather_across_devices, self.directions = gather_across_devices, tuple(directions)
         self.partition_mode, self.hardness_mode = partition_mode, hardness_mode
         self.hardness_strength = hardness_strength
+
+    @property
+    def citation(self) -> str:
+        """The paper, for the model card that sentence-transformers writes."""
+        return _CITATION
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
         """The loss of columns of tokenised texts: (anchors, positives, negatives ...). Labels are not used."""

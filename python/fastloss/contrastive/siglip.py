@@ -42,6 +42,9 @@ def siglip_loss(
     Source: Sigmoid Loss for Language Image Pre-Training.
     """
     check_reduction(reduction)
+    if isinstance(bias, Tensor) and bias.shape not in ((), (1,)):
+        raise ValueError(f"bias must be one number, a float or a tensor [], got shape {list(bias.shape)}")
+    bias = bias.reshape(()) if isinstance(bias, Tensor) else bias
     pairs = pair_map(
         q, k, "softplus", neg_threshold=-bias, pos_threshold=-bias, scale=scale, positive=positive, excluded=excluded,
         row_valid=row_valid, column_valid=column_valid, normalize=normalize,
