@@ -63,6 +63,8 @@ def positive_numbers(name: str, value: Tensor | float) -> None:
             raise TypeError(f"{name} must be floating, got {value.dtype}")
         if can_look(value) and bool((value <= 0).any()):
             raise ValueError(f"{name} must be > 0, got {float(value.detach().min())}")
+    elif value is None or isinstance(value, (str, tuple, list)):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
     elif not 0 < value < INF:
         raise ValueError(f"{name} must be finite and > 0, got {value}")
 
@@ -98,7 +100,9 @@ def make_pairing(
     own = k is None
     k = q if k is None else k
     check_embeddings(q, k)
-    if q.dtype != k.dtype and autocast_dtype(q) == q.dtype:
+    if window is not None and (not isinstance(window, (tuple, list)) or len(window) != 2):
+        raise TypeError(f"window must be (low, high), got {window!r}")
+    if autocast_dtype(q) != autocast_dtype(k):
         raise TypeError(f"embeddings must have one dtype, got {q.dtype} and {k.dtype}")
     (m, n), device = (q.shape[0], k.shape[0]), q.device
     if own:
