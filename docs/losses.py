@@ -24,7 +24,12 @@ fastloss.linear_row_loss(hidden, head.weight, None, losses.forward_kl, teacher=f
 Symbols: z a row of scores, p = softmax(z), y the target, d = z_y - LSE of the other columns (the margin), pi the softmax over
 the other columns, t and q = softmax(t) the teacher's, T the temperature, phi' the derivative of a loss of d. "statistics" are
 what the kernels compute beyond z_y and the LSE of the rest; "gradient" is dL/dz_j unless it says otherwise. Losses in the
-second table take other inputs than `RowStats`: see their docstrings.
+second and third table take other inputs than `RowStats`: see their docstrings.
+"""
+
+PAIRS = """Functions of embeddings, `fastloss.contrastive.<name>`, most with a module of the same name (`NTXentLoss`); no
+similarity matrix is stored. s = 1 / tau is the scale, <q, k> a similarity, P and N positives and negatives of a row,
+`reduction` "mean" (over all rows), "mean_valid" (over rows that have a positive), "sum" or "none".
 """
 
 
@@ -74,9 +79,11 @@ def page() -> str:
     """The whole of docs/losses.md."""
     everything = entries()
     rows = [e for e in everything if e.rows]
-    others = [e for e in everything if not e.rows]
+    pairs = [e for e in everything if e.function.__module__.startswith("fastloss.contrastive")]
+    others = [e for e in everything if not e.rows and e not in pairs]
     parts = [HEAD, f"## Row losses ({len(rows)})\n", *_table(rows), "", f"## Other losses ({len(others)})\n"]
-    return "\n".join([*parts, *_table(others)]) + "\n"
+    parts += [*_table(others), "", f"## Contrastive losses ({len(pairs)})\n", PAIRS, *_table(pairs)]
+    return "\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from tolerance import check_close, check_gradient
 from torch import Tensor
+
+from tolerance import check_close, check_gradient
 
 NEG = float("-inf")
 

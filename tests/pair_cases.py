@@ -15,8 +15,8 @@ ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 #: (M, N, D): nothing is a multiple of a tile, and some is less than a vector.
 SHAPES = ((1, 1, 1), (2, 65, 16), (63, 70, 48), (70, 333, 65), (130, 31, 384))
 CASES = (
-    "plain", "column_scale", "ids", "bits", "diagonals", "both_ids", "excluded_bits", "valid", "window", "guide", "everything",
-    "no_negative", "no_pair",
+    "plain", "column_scale", "ids", "bits", "diagonals", "both_ids", "excluded_bits", "valid", "window", "guide",
+    "everything", "no_negative", "no_pair",
 )  # fmt: skip
 
 

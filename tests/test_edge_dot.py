@@ -1,4 +1,4 @@
-"""`edge_dot` and `edge_sum` on the CPU: every instruction set, dtype and ragged width against float64, and their errors."""
+"""`edge_dot` and `edge_sum` on the CPU: every instruction set, dtype and ragged width against float64; their errors."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from triton_aot import CAPABILITY, ITEM_SIZE, Cost, measure
 
 #: What each feature of a pairing brings along.
 TENSORS = {
-    "ids": ("positive_rows", "positive_columns"), "bits": ("positive_rows",), "excluded ids": ("excluded_rows", "excluded_columns"),
+    "ids": ("positive_rows", "positive_columns"), "bits": ("positive_rows",),
+    "excluded ids": ("excluded_rows", "excluded_columns"),
     "excluded bits": ("excluded_rows",), "window": ("low", "high"), "guide": ("guide_q", "guide_k", "guide_limit"),
     "valid": ("row_valid", "column_valid"), "column scale": ("column_scale", "column_factor"), "boost": ("boost",),
     "margin": ("margin",), "thresholds": ("neg_threshold", "pos_threshold"),
@@ -54,13 +55,21 @@ class PairCase(NamedTuple):
 def _tiled(case: PairCase) -> tuple[dict[str, Any], dict[str, int]]:
     """(compile-time arguments, warps and stages) of a kernel over tiles, as pair_launch.Launch chooses them."""
     has = {*case.features}
-    ranked, gradient, statistics = case.kernel == "row_topk", "gradient" in case.kernel, not case.kernel.startswith("pair_map")
+    ranked, gradient, statistics = (
+        case.kernel == "row_topk",
+        "gradient" in case.kernel,
+        not case.kernel.startswith("pair_map"),
+    )
     positive = bool(has & {"ids", "bits"}) or (ranked and case.want & 2 > 0)
     general = positive or ranked or bool(has & {"excluded ids", "excluded bits", "window", "guide"})
     extras = len(has & {"boost"}) + (bin(case.want & 6).count("1") if statistics and not ranked else 0)
+    extras += case.kernel == "pair_map"
     if general:
-        extras += len(has & {"margin", "column scale", "valid", "excluded ids", "excluded bits"}) + 2 * ("window" in has)
-    load = register_load(general, ranked or bool(has & {"bits", "excluded bits", "guide"}), extras, bool(statistics and case.want & 1))
+        extras += len(has & {"margin", "column scale", "valid", "excluded ids", "excluded bits"}) + 2 * (
+            "window" in has
+        )
+    bits, columns = bool(has & {"bits", "excluded bits"}), bool(statistics and case.want & 1)
+    load = register_load(general, "guide" in has, ranked or bits, extras, columns)
     size = ITEM_SIZE[case.dtype]
     tile = case.tile or default_tile(size, load, gradient, CAPABILITY[case.target], case.tma)
     precision = "ieee" if size == 4 else "tf32"
@@ -89,11 +98,20 @@ def options(case: PairCase) -> tuple[Any, dict[str, Any], dict[str, int]]:
         return kernel, meta | more, launch
     merged = dict(GENERAL="ids" in has, PD=pd, REMOVED=pd + ed, BLOCK=128)
     if case.kernel in ("merge_rows", "merge_columns"):
-        more = dict(ROWS=case.kernel == "merge_rows", WANT=case.want, POSITIVE="ids" in has, FIRST="first" in has, LAST="last" in has)
+        more = dict(
+            ROWS=case.kernel == "merge_rows",
+            WANT=case.want,
+            POSITIVE="ids" in has,
+            FIRST="first" in has,
+            LAST="last" in has,
+        )
         return pair_stats_kernels.pair_merge_kernel, merged | more, four
     others = {
         "diagonal": (pair_tiles.pair_diagonal_kernel, dict(ED=ed, BM=64, BK=64)),
-        "diagonal_gradient": (pair_stats_backward_kernels.pair_diagonal_gradient_kernel, dict(WANT=case.want, BLOCK=128)),
+        "diagonal_gradient": (
+            pair_stats_backward_kernels.pair_diagonal_gradient_kernel,
+            dict(WANT=case.want, BLOCK=128),
+        ),
         "map_merge": (pair_map_kernels.pair_map_merge_kernel, dict(merged, FUNCTION=case.want)),
         "map_diagonal": (pair_map_kernels.pair_map_diagonal_kernel, dict(FUNCTION=case.want, BLOCK=128)),
         "edge_dot": (edge_dot.edge_dot_kernel, dict(BLOCK=edge_dot.EDGES, BK=edge_dot.DEPTH)),

@@ -56,7 +56,9 @@ class _Side:
 class PairGradients:
     """The chunks of one backward. `row_factor` and `column_factor` multiply the gradient of z in the scratch, as does *lift."""
 
-    def __init__(self, launch: Launch, needs: int, upstream: tuple[Tensor, ...], gain: float | Tensor, chunk: int | None) -> None:
+    def __init__(
+        self, launch: Launch, needs: int, upstream: tuple[Tensor, ...], gain: float | Tensor, chunk: int | None
+    ) -> None:
         """upstream: what multiplies terms of at most `gain`; fp16 is lifted by their size."""
         self.launch = launch
         self.needs = needs if launch.column_scale is not None else needs & ~COLUMN_SCALE
@@ -75,8 +77,8 @@ class PairGradients:
     def run(
         self, write: Callable[[Tensor, int, int], None], weight: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(dq, dk, drow_scale, dcolumn_scale). write(scratch [count, N], first, count) makes the gradient of <q, k> of these rows;
-        weight [diagonals, M] is that of the pairs on diagonals."""
+        """(dq, dk, drow_scale, dcolumn_scale). write(scratch [count, N], first, count) makes the gradient of <q, k> of these
+        rows; weight [diagonals, M] is that of the pairs on diagonals."""
         x, needs = self.launch, self.needs
         q, k = self.rows.operand, self.columns.operand
         row_side, column_side = bool(needs & (Q | ROW_SCALE)), bool(needs & (K | COLUMN_SCALE))
@@ -117,4 +119,6 @@ class PairGradients:
             start, stop = max(first, -offset), min(first + count, self.launch.n - offset)
             if start < stop:
                 here, there = (0, offset) if to_rows else (offset, 0)
-                total[start + here - base : stop + here - base] += w[start:stop, None] * x[start + there : stop + there].float()
+                total[start + here - base : stop + here - base] += (
+                    w[start:stop, None] * x[start + there : stop + there].float()
+                )

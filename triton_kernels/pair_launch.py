@@ -13,12 +13,16 @@ from .common import on_device
 from .linear_row_stats import GROUP, Tile, takes_tma
 from .pair_tiles import pair_diagonal_kernel
 
-#: What tiles carry in registers: row sums alone; column sums too; further statistics; masks; masks of bits, of a guide, or many.
-ROWS, BOTH, RICH, MASKED, HEAVY = range(5)
+#: What tiles carry in registers: row sums alone; column sums too; further statistics; masks; masks of bits or many; of a guide.
+ROWS, BOTH, RICH, MASKED, HEAVY, GUIDED = range(6)
+#: GPUs whose blocks may have more than 100 KB of shared memory.
+LARGE_SHARED = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
-def register_load(general: bool, hard: bool, extras: int, columns: bool) -> int:
-    """hard: bits, a guide or lists of the largest; extras: what else a tile looks up for its rows or columns."""
+def register_load(general: bool, guided: bool, hard: bool, extras: int, columns: bool) -> int:
+    """hard: bits, or lists of the largest; extras: what else a tile looks up for its rows or columns."""
+    if guided:
+        return GUIDED
     if hard or (general and extras > 1):
         return HEAVY
     if general:
@@ -29,16 +33,18 @@ def register_load(general: bool, hard: bool, extras: int, columns: bool) -> int:
 def default_tile(item_size: int, load: int, gradient: bool, capability: tuple[int, int], tma: bool) -> Tile:
     """The largest tile that does not spill (tests/test_triton_pair_compile.py holds that)."""
     if item_size == 4:  # no matrix instruction multiplies in fp32
-        return Tile(64, 128, 32, 8, 2) if load <= BOTH else Tile(64, 64 if load == RICH else 32, 32, 8, 2)
-    depth = 64 if capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 32  # 8.6, 8.9, 12.x: about 100 KB of shared memory
+        if load <= RICH:
+            return Tile(64, 64 if load == RICH else 128, 32, 8, 2)
+        return Tile(64, 32, 32 if load == GUIDED else 16, 8, 2)
+    depth = 64 if capability in LARGE_SHARED else 32
     major = capability[0]
-    if load == HEAVY:
+    if load >= HEAVY:
         return Tile(64, 64 if major >= 9 else 32, depth, 8, 3)
     if load == ROWS and major == 9 and tma:
         return Tile(128, 256, depth, 8, 3)
     if load <= BOTH and not (gradient and major >= 10):
         return Tile(128, 128, depth, 8, 3)
-    return Tile(64, 64 if gradient and major >= 10 and load == MASKED else 128, depth, 8, 3)
+    return Tile(64, 64 if gradient and major >= 9 and load == MASKED else 128, depth, 8, 3)
 
 
 def numbers(x: Tensor | None) -> Tensor | None:
@@ -65,11 +71,11 @@ class Launch:
     """A pairing, contiguous where kernels want it, and what all its launches have in common."""
 
     def __init__(
-        self, pairing: tuple[Any, ...], tile: Tile | None, tma: bool | None, extras: int = 0,
-        margin: Tensor | None = None, columns: bool = False, gradient: bool = False, ranked: bool = False, positives: bool = False,
+        self, pairing: tuple[Any, ...], tile: Tile | None, tma: bool | None, extras: int = 0, margin: Tensor | None = None,
+        columns: bool = False, gradient: bool = False, ranked: bool = False, positives: bool = False,
     ) -> None:  # fmt: skip
-        """extras: further numbers of the op a row, besides the margin; columns: sums of columns are wanted; ranked, positives: tiles make the masks of
-        negatives, and of positives, even where the pairing alone does not ask for them."""
+        """extras: further numbers of the op a row, besides the margin; columns: sums of columns are wanted; ranked, positives:
+        tiles make the masks of negatives, and of positives, even where the pairing alone does not ask for them."""
         (q, k, row_scale, column_scale, row_valid, column_valid, positive_rows, positive_columns, positive_diagonals,
          excluded_rows, excluded_columns, excluded_diagonals, low, high, guide_q, guide_k, guide_limit) = pairing  # fmt: skip
         self.q, self.k = _rows(q), _rows(k)
@@ -86,22 +92,36 @@ class Launch:
         self.in_tile = positives or lists_rows is not None  # positives beyond diagonals
         self.removed = sorted({*self.positive_diagonals, *self.excluded_diagonals})
         self.diagonals_apart = bool(self.positive_diagonals) and not self.in_tile
-        self.general = ranked or self.in_tile or excluded_rows is not None or low is not None or high is not None or guided
+        self.general = (
+            ranked or self.in_tile or excluded_rows is not None or low is not None or high is not None or guided
+        )
         self.processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
         self.tma = takes_tma(self.q, self.k, capability) if tma is None else tma
-        bits = (lists_rows is not None and lists_columns is None) or (excluded_rows is not None and excluded_columns is None)
+        bits = (lists_rows is not None and lists_columns is None) or (
+            excluded_rows is not None and excluded_columns is None
+        )
         if self.general:
-            looked_up = (margin, column_scale, row_valid if column_valid is None else column_valid, excluded_rows, low, high)
+            looked_up = (
+                margin,
+                column_scale,
+                row_valid if column_valid is None else column_valid,
+                excluded_rows,
+                low,
+                high,
+            )
             extras += sum(x is not None for x in looked_up)
-        load = register_load(self.general, bits or guided or ranked, extras, columns)
+        load = register_load(self.general, guided, bits or ranked, extras, columns)
         item_size = max(q.element_size(), guide_q.element_size() if guide_q is not None else 0)
         self.tile = tile or default_tile(item_size, load, gradient, capability, self.tma)
         self.classes = (self.row_scale, self.column_scale, self.row_valid, self.column_valid, lists_rows, lists_columns,
                         self.excluded_rows, self.excluded_columns, numbers(low), numbers(high), guide_q, guide_k,
                         numbers(guide_limit))  # fmt: skip
         self.sizes = (self.m, self.n, self.d, 0 if guide_q is None else guide_q.shape[1])
-        self.strides = (*(t.stride(0) for t in (self.q, self.k)), *(0 if t is None else t.stride(0) for t in (guide_q, guide_k)))
+        self.strides = (
+            *(t.stride(0) for t in (self.q, self.k)),
+            *(0 if t is None else t.stride(0) for t in (guide_q, guide_k)),
+        )
         self.offsets = (*padded(self.positive_diagonals, 2), *padded(self.excluded_diagonals, 2))
         guide_is_fp32 = guide_q is not None and guide_q.dtype == torch.float32
         self.options = dict(

@@ -43,7 +43,7 @@ def pair_map(
     tma: bool | None = None,
 ) -> Tensor:
     """The table [8, M]."""
-    launch = Launch(pairing, tile, tma)
+    launch = Launch(pairing, tile, tma, extras=1)  # phi and phi' at once
     m, n, function = launch.m, launch.n, int(function)
     neg_threshold, pos_threshold = numbers(neg_threshold), numbers(pos_threshold)
     row_blocks = triton.cdiv(m, launch.tile.rows)

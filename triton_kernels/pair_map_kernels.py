@@ -61,7 +61,16 @@ def pair_map_kernel(q, k, row_scale, column_scale, row_valid, column_valid, posi
     row0 = block * BM
     i = row0 + tl.arange(0, BM)
     zero = tl.zeros([BM], tl.float32)
-    value, slope, active, negatives, own_value, own_slope, own_active, positives = zero, zero, zero, zero, zero, zero, zero, zero
+    value, slope, active, negatives, own_value, own_slope, own_active, positives = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     tiles = tl.cdiv(N, BN)
     each = tl.cdiv(tiles, splits)
     for tile in range(split * each, tl.minimum((split + 1) * each, tiles)):
@@ -124,11 +133,11 @@ def pair_map_gradient_kernel(q, k, row_scale, column_scale, row_valid, column_va
         GUIDE_PRECISION, UPCAST
     )  # fmt: skip
     x = below(negative_scores(z, negative, None, i, M, GENERAL), neg_threshold, i, M)
-    value, slope = value_and_slope(x, FUNCTION)
+    _value, slope = value_and_slope(x, FUNCTION)
     dz = slope * tl.load(grad + i, mask=i < M, other=0.0)[:, None]
     if POSITIVE:
         if tl.max(tl.max(positive.to(tl.int32), 1), 0) > 0:
-            value, slope = value_and_slope(above(z, positive, pos_threshold, i, M), FUNCTION)
+            _value, slope = value_and_slope(above(z, positive, pos_threshold, i, M), FUNCTION)
             dz = tl.where(positive, -slope * tl.load(grad + stride_grad + i, mask=i < M, other=0.0)[:, None], dz)
     store_gradient(scratch, dz, row_factor, column_factor, lift, i, j, row0, first, count, M, N)
 
@@ -182,7 +191,7 @@ def pair_map_diagonal_kernel(scores, there, grad, pos_threshold, row_factor, col
     at = wide(tl.program_id(1)) * M + i
     positive = tl.load(there + at, mask=i < M, other=0.0) > 0
     x = above_one(tl.load(scores + at, mask=positive, other=0.0), positive, pos_threshold, i)
-    value, slope = value_and_slope(x, FUNCTION)
+    _value, slope = value_and_slope(x, FUNCTION)
     dz = -slope * tl.load(grad + stride_grad + i, mask=positive, other=0.0)
     dz *= tl.load(row_factor + i, mask=positive, other=0.0) * scale_or_one(column_factor, j, positive)
     tl.store(weight + at, tl.where(positive, dz, 0.0), mask=i < M)

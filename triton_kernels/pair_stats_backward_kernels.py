@@ -5,7 +5,18 @@ import triton.language as tl
 
 from .common import INF, NEG_INF, absent_if_empty, exp, finite, wide
 from .linear_row_stats_kernels import place
-from .pair_stats_kernels import COLUMNS, MEAN, NEG_MAX, NEG_MEAN, NEG_SECOND, NEG_SUM, POS_MAX, POS_SUM, POS_TOTAL, SECOND
+from .pair_stats_kernels import (
+    COLUMNS,
+    MEAN,
+    NEG_MAX,
+    NEG_MEAN,
+    NEG_SECOND,
+    NEG_SUM,
+    POS_MAX,
+    POS_SUM,
+    POS_TOTAL,
+    SECOND,
+)
 from .pair_tiles import negative_scores, pair_tile, scale_or_one, store_gradient
 
 

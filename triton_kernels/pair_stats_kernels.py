@@ -180,7 +180,9 @@ def pair_merge_kernel(part, table, scores, there, valid, other_valid, other_coun
         if ROWS and (MEAN & WANT):
             ref = finite(higher)
             more = tl.load(p + NEG_MEAN * plane, mask=keep, other=0.0)
-            moment = shrink * (moment + (finite(m) - ref) * expsum) + shrink_more * (more + (finite(m_more) - ref) * sum_more)
+            moment = shrink * (moment + (finite(m) - ref) * expsum) + shrink_more * (
+                more + (finite(m_more) - ref) * sum_more
+            )
         if ROWS and (SECOND & WANT):
             more = tl.load(p + NEG_SECOND * plane, mask=keep, other=0.0)
             ref = finite(higher)

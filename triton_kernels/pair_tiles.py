@@ -51,7 +51,9 @@ def listed(rows, columns, i, j, column0, M, N, BN: tl.constexpr):
         place = j // 32 - first
         word = tl.zeros([1, BN], tl.int32)
         for n in tl.static_range(BN // 32):
-            next_word = tl.load(rows + wide(i) * words + (first + n), mask=(i < M) & (i * 0 + first + n < words), other=0)
+            next_word = tl.load(
+                rows + wide(i) * words + (first + n), mask=(i < M) & (i * 0 + first + n < words), other=0
+            )
             word = tl.where((place == n)[None, :], next_word[:, None], word)
         return ((word >> (j % 32)[None, :]) & 1) != 0
 
@@ -84,7 +86,7 @@ def pair_tile(q, k, row_scale, column_scale, row_valid, column_valid, positive_r
     """One tile: (z, negative, positive); `negative_scores` makes of the first two what the sums over negatives take.
 
     PD and ED count the diagonals p0, p1 of positives and e0, e1 of exclusions. GENERAL: more than diagonals and validity decides.
-    Then `negative` is a mask, else it is not made and z is -inf where no negative is. POSITIVE: `positive` is a mask too. Without it
+    Then `negative` is a mask, else it is not made and z is -inf where no negative is. POSITIVE: `positive` is a mask too. Else
     positives lie on diagonals, which are only left out here (pair_diagonal_kernel reads them).
     """
     z = tile_product(q, k, row0, column0, M, N, D, stride_q, stride_k, BM, BN, BK, EVEN_D, TMA, PRECISION, UPCAST)
@@ -204,8 +206,8 @@ def pair_diagonal_kernel(q, k, row_scale, column_scale, row_valid, column_valid,
         positive = positive & (j - i != e1)
     if excluded_rows is not None:
         if excluded_columns is not None:
-            a = tl.load(excluded_rows + i, mask=inside, other=0)
-            positive = positive & (a != tl.load(excluded_columns + j, mask=inside, other=0))
+            row_id = tl.load(excluded_rows + i, mask=inside, other=0)
+            positive = positive & (row_id != tl.load(excluded_columns + j, mask=inside, other=0))
         else:
             word = tl.load(excluded_rows + wide(i) * tl.cdiv(N, 32) + j // 32, mask=inside, other=0)
             positive = positive & (((word >> (j % 32)) & 1) == 0)

@@ -1,7 +1,7 @@
 """row_topk: the largest z of each row among its negatives, its positives, or both, streamed.
 
-A pair is one integer that orders as the result does: its z in the upper 32 bits, and its column, falling, in the lower. So equal z
-go to the lowest column whatever the order of the tiles, and the best of several splits are found by one sort.
+A pair is one integer that orders as the result does: its z in the upper 32 bits, and its column, falling, in the lower. So equal
+z go to the lowest column whatever the order of the tiles, and the best of several splits are found by one sort.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-// The k best columns of a row that have been seen: a heap whose front is the worst of them, the first to go.
+// The k best columns of a row that have been seen. Candidates are collected, and when there is no room for another, all
+// but the k best of them are dropped: cheaper than an order that is kept at every step.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 namespace fastloss {
 
@@ -22,35 +22,33 @@ inline bool better(const Candidate &a, const Candidate &b) {
 
 class BestOfRow {
 public:
-  float worst = 0; // of the best, once there are as many as are wanted: what is not above it, or NaN, is no candidate
+  bool bounded = false; // once k are known, what is not above the worst of them, nor NaN, need not be offered
+  float worst = 0;
 
-  bool full() const { return count == limit; }
+  static int64_t room_for(int64_t k) { return k + std::max<int64_t>(k, 16); }
 
-  void begin(Candidate *memory, int64_t most) { heap = memory, limit = most; }
+  // k of at least 1, and memory for room_for(k).
+  void begin(Candidate *memory, int64_t k) { candidates = memory, wanted = k; }
 
   void offer(float score, int64_t column) {
-    const Candidate one = {score, int32_t(column)};
-    if (full()) {
-      if (limit == 0 || !better(one, heap[0])) return;
-      std::pop_heap(heap, heap + count, better);
-      heap[count - 1] = one;
-    } else {
-      heap[count++] = one;
-    }
-    std::push_heap(heap, heap + count, better);
-    if (full()) worst = heap[0].score == heap[0].score ? heap[0].score : std::numeric_limits<float>::infinity();
+    candidates[count++] = {score, int32_t(column)};
+    if (count < room_for(wanted)) return;
+    std::nth_element(candidates, candidates + wanted - 1, candidates + count, better);
+    count = wanted;
+    const float last = candidates[wanted - 1].score;
+    bounded = true;
+    worst = last == last ? last : std::numeric_limits<float>::infinity();
   }
 
-  // Sorts what there is, the best first. Nothing may be offered after that.
-  const Candidate *sorted() {
-    std::sort_heap(heap, heap + count, better);
-    return heap;
+  // Sorts them, the best first, and returns how many there are, k at most. Nothing may be offered after that.
+  int64_t finish() {
+    std::sort(candidates, candidates + count, better);
+    return std::min(count, wanted);
   }
-  int64_t size() const { return count; }
 
 private:
-  Candidate *heap = nullptr;
-  int64_t limit = 0, count = 0;
+  Candidate *candidates = nullptr;
+  int64_t wanted = 0, count = 0;
 };
 
 } // namespace fastloss

@@ -134,9 +134,7 @@ public:
     for (int spins = 0; progress[size_t(block - 1)].panels.load(std::memory_order_acquire) < panels; ++spins)
       if (spins > 64) std::this_thread::yield();
   }
-  void leave(int64_t block, int64_t panels) {
-    progress[size_t(block)].panels.store(panels, std::memory_order_release);
-  }
+  void leave(int64_t block, int64_t panels) { progress[size_t(block)].panels.store(panels, std::memory_order_release); }
 };
 
 } // namespace fastloss::pairs

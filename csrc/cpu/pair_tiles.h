@@ -20,13 +20,13 @@ template <class Base> struct PackedTiles {
     FASTLOSS_AVX512_INLINE void two_rows() {}
   };
   static FASTLOSS_AVX512 void make_product(const uint32_t *left, const uint32_t *right, int64_t steps, float *product,
-                                       bool accumulate) {
+                                           bool accumulate) {
     NoWork none;
     Base::multiply(left, right, steps, product, accumulate, none);
   }
   // `next` is what the next product will be added to.
   static FASTLOSS_AVX512 void add_product(const uint32_t *left, const uint32_t *right, int64_t steps, float *product,
-                                           const float *next) {
+                                          const float *next) {
     linear::FetchProduct fetch{next};
     Base::multiply(left, right, steps, product, true, fetch);
   }
@@ -64,7 +64,8 @@ template <class Base> struct PackedTiles {
   static FASTLOSS_AVX512 void transpose(const uint32_t *from, int64_t count, int64_t steps, uint32_t *to) {
     linear::pack_transposed<Base>(from, count, steps, to);
   }
-  // A product of fp32 -> left operand, reduction along the lanes, and right operand, along the rows. Either may be null.
+  // A product of fp32 -> left operand, reduction along the lanes, and right operand, along the rows. Either may be
+  // null.
   static FASTLOSS_AVX512 void store_operands(const float *product, uint32_t *left, uint32_t *right) {
     for (int64_t r = 0; r < kTile; r += 2) {
       __m512 rows[2][2];

@@ -59,8 +59,8 @@ constexpr float kLn2Float = 0x1.62e43p-1f;
 
 // ---- The words. maximum(a, b) is b when either is NaN. `stream_pair` writes 2 * kWidth values past the cache, to an
 // address aligned to their size or to 64 bytes. `scaled(z, c, k)` is z * c - k rounded once. log1p takes (-1, 1] and is
-// off by 2 units at most; any_above(a, b): some a is not <= b, NaN too; log_near_one(t, x) is log t of a normal t whose
-// x = t - 1 has digits that t has lost.
+// off by 2 units at most; log_near_one(t, x) is log t of a normal t whose x = t - 1 has digits that t has lost.
+// lanes_above(a, b) has a bit for each lane whose a is not <= b: above it, or one of them NaN.
 
 namespace scalar {
 #define FASTLOSS_WORD static inline
@@ -76,7 +76,7 @@ FASTLOSS_WORD Vector divide(Vector a, Vector b) { return {a.value / b.value}; }
 FASTLOSS_WORD Vector multiply_add(Vector a, Vector b, Vector c) { return {a.value * b.value + c.value}; }
 FASTLOSS_WORD Vector maximum(Vector a, Vector b) { return {a.value > b.value ? a.value : b.value}; }
 FASTLOSS_WORD Vector where_less(Vector a, Vector b, Vector yes, Vector no) { return a.value < b.value ? yes : no; }
-FASTLOSS_WORD bool any_above(Vector a, Vector b) { return !(a.value <= b.value); }
+FASTLOSS_WORD unsigned lanes_above(Vector a, Vector b) { return !(a.value <= b.value); }
 FASTLOSS_WORD float sum(Vector a) { return a.value; }
 FASTLOSS_WORD float largest(Vector a) { return a.value; }
 template <class T> FASTLOSS_WORD Vector load(const T *p) { return {to_float(*p)}; }
@@ -123,7 +123,9 @@ FASTLOSS_WORD Vector maximum(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 FASTLOSS_WORD Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
-FASTLOSS_WORD bool any_above(Vector a, Vector b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+FASTLOSS_WORD unsigned lanes_above(Vector a, Vector b) {
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
+}
 FASTLOSS_WORD float sum(Vector a) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -224,7 +226,7 @@ FASTLOSS_WORD Vector maximum(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 FASTLOSS_WORD Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
-FASTLOSS_WORD bool any_above(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+FASTLOSS_WORD unsigned lanes_above(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 FASTLOSS_WORD float sum(Vector a) { return _mm512_reduce_add_ps(a); }
 FASTLOSS_WORD float largest(Vector a) { return _mm512_reduce_max_ps(a); }
 FASTLOSS_WORD __mmask16 first(int64_t count) { return __mmask16((1u << count) - 1); }

@@ -18,6 +18,7 @@ from .pairs import (
     edge_dot_csr,
     pair_histogram,
     pair_map,
+    pair_nll,
     pair_stats,
     row_topk,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "nn",
     "pair_histogram",
     "pair_map",
+    "pair_nll",
     "pair_stats",
     "region_loss",
     "region_stats",

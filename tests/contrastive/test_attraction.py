@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from contrastive_checks import NEG, agree, agree_in, leaves
 
+from contrastive_checks import NEG, agree, agree_in, leaves
 from fastloss.contrastive import AdaptiveTemperature, AMCLLoss, CACRLoss, amcl_loss, cacr_loss
 
 

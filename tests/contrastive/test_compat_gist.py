@@ -119,6 +119,9 @@ def test_as_the_loss_of_a_model(base):
         [model.table.weight],
     )
     assert guide.table.weight.grad is None
+    features = [{"input_ids": i} for i in ids]
+    loss(features, None)  # what a model writes into its features stays there: losses around this one read it
+    assert all(f["sentence_embedding"].requires_grad for f in features)
 
 
 @pytest.mark.parametrize("columns", [2, 3])

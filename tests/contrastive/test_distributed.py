@@ -54,7 +54,10 @@ def test_library(ranks, case):
             pytest.skip("not installed: the extra `peers`")
         ours, theirs = rank["ours"][case], rank["libraries"][case]
         for a, b in zip(ours, theirs, strict=True):
-            close(a, b, rtol=1e-9 if a.dtype == torch.float64 else 2e-5)
+            if a.dtype == torch.float64:
+                close(a, b, rtol=1e-9)
+            else:  # the bank's steps are float32
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("local, gradient", CLIP_MODES)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 
+from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 from fastloss.contrastive import DecoupledSoftmaxLoss, SoftTopKLoss, decoupled_softmax_loss, soft_topk_loss
 from fastloss.contrastive.sparse_positives import edge_mask, rows_of, sample_edges
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 
+from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 from fastloss.contrastive import DualTemperatureLoss, dual_temperature_loss, hard_quantile_loss, n_pairs_loss
 from fastloss.contrastive.reweighted import TOPK_LIMIT
 

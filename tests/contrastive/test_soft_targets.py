@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dense_losses import check_narrow, check_same, embeddings
-from fastloss.contrastive import distill_clip_loss, soft_clip_loss, soft_targets, swalip_loss
+from fastloss.contrastive import attention, distill_clip_loss, soft_clip_loss, soft_targets, swalip_loss
 
 
 def cross_entropies(z, row_targets, column_targets):
@@ -29,7 +29,7 @@ def dense_soft_clip(q, k, scale, detach=True):
 
 @pytest.mark.parametrize("batch", [1, 2, 33])
 def test_distill(batch, monkeypatch):
-    monkeypatch.setattr(soft_targets, "_HELD", 3 * batch)  # three rows at a time
+    monkeypatch.setattr(attention, "_HELD", 3 * batch)  # three rows at a time
     q, k = embeddings(batch, 6)
     tq, tk = (x.detach() for x in embeddings(batch, 9, seed=2))
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -48,9 +48,10 @@ def test_no_gradient_into_the_teacher():
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_soft_clip(detach):
+def test_soft_clip(detach, monkeypatch):
     q, k = embeddings(17, 6)
     scale = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(attention, "_HELD", 70)  # four rows at a time
     inputs = [q, k] if detach else [q, k, scale]  # the dense teacher is detached whole: compare what remains
     check_same(
         lambda q, k, s=8.0: soft_clip_loss(q, k, s, detach=detach, reduction="none"),

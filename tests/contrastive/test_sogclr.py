@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contrastive_checks import agree, cosines, leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from contrastive_checks import agree, cosines, leaves
 from fastloss.contrastive import ISogCLRLoss, SogCLRLoss
 from fastloss.pairs import arguments, classes
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 from torch import Tensor
 
+from contrastive_checks import NEG, agree, agree_in, cosines, leaves
 from fastloss.contrastive import (
     DCLLoss,
     HCLLoss,
@@ -124,6 +124,13 @@ def test_hcl(beta, tau_plus):
         b[:5] = a[:5] + 0.01 * b[:5]  # positives so close that the floor holds
     ours = hcl_loss(a, b, 0.5, beta=beta, tau_plus=tau_plus, reduction="none")
     agree(ours, dense_hcl(a, b, 0.5, beta, tau_plus), (a, b))
+
+
+def test_hcl_at_its_floor():
+    """Opposite negatives and a positive between: the corrected sum is positive, but below its floor."""
+    angle = torch.tensor([[0.0, math.pi], [2 * math.pi / 3, math.pi]], dtype=torch.float64)
+    a, b = (torch.stack((x.cos(), x.sin()), 1).requires_grad_() for x in angle)
+    agree(hcl_loss(a, b, 0.5, reduction="none"), dense_hcl(a, b, 0.5, 1.0, 0.1), (a, b))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

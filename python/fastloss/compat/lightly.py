@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contrastive.distributed import gather_keys, place
-from ..pairs import Diagonal, PairStats, SameId, pair_stats
+from ..pairs import Diagonal, PairStats, SameId, pair_nll, pair_stats
 from ..pairs.statistics import softplus
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
@@ -117,6 +117,11 @@ class NTXentLoss(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views [B, D]."""
         _check_views(out0, out1)
+        if self.memory_bank.size[0] == 0 and not self.gather_distributed:
+            both, batch = torch.cat((out0, out1)), len(out0)
+            return pair_nll(both, scale=1 / self.temperature, positive=Diagonal(batch, -batch), normalize=True)[
+                0
+            ].mean()
         if self.memory_bank.size[0] == 0:
             return _view_stats(out0, out1, self.temperature, self.gather_distributed).nll.mean()
         out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..contrastive.distributed import check_place, gather_keys, mean_gradient, mean_over_ranks, scale_gradient
-from ..pairs import Diagonal, pair_map, pair_stats
+from ..pairs import Diagonal, pair_map, pair_nll, pair_stats
 
 Loss = Tensor | dict[str, Tensor]
 _EXCHANGES = ("bidir", "shift", "reduce", "gather")
@@ -71,8 +71,8 @@ class ClipLoss(nn.Module):
         if self.world_size > 1:
             loss = self._over_ranks(image_features, text_features, logit_scale)
         else:
-            stats = pair_stats(image_features, text_features, scale=logit_scale)
-            loss = (stats.nll.mean() + stats.columns.nll.mean()) / 2
+            rows, columns = pair_nll(image_features, text_features, scale=logit_scale, columns=True)
+            loss = (rows.mean() + columns.mean()) / 2
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum()  # a parameter outside the graph would stop DistributedDataParallel
         return {"contrastive_loss": loss} if output_dict else loss

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import catalogue
-from ..pairs import pair_stats
+from ..pairs import pair_nll
 from .arguments import check_same_shape, row_dots, wide
 from .reduction import check_reduction, reduce
 
@@ -31,7 +31,7 @@ def bilinear_info_nce_loss(x: Tensor, k: Tensor, weight: Tensor, *, reduction: s
         )
     q = x @ weight
     check_same_shape(q, k)
-    return reduce(pair_stats(q, k, columns=False).nll, reduction)
+    return reduce(pair_nll(q, k)[0], reduction)
 
 
 class BilinearInfoNCE(nn.Module):
@@ -74,7 +74,7 @@ def glocal_alignment_loss(
         raise ValueError(f"softmax must be 'predictions' or 'targets', got {softmax!r}")
     z = z.detach() if detach else z
     q, k = (z, p) if softmax == "predictions" else (p, z)
-    return pair_stats(q, k, scale=scale, normalize=True, columns=False).nll.mean()
+    return pair_nll(q, k, scale=scale, normalize=True)[0].mean()
 
 
 @catalogue.entry(

@@ -21,7 +21,7 @@ def temperature_prior(tau: Tensor, dim: int) -> Tensor:
 
 
 @catalogue.entry(
-    formula="sum over heads of -s_ip / tau_ip + max_n s_in / tau_in* + beta (Omega(tau_ip) - Omega(tau_in*)), Omega = d / 2 log tau + 1 / tau",
+    formula="sum over heads of -s_ip / tau_p + max_n s_in / tau_n + beta (Omega(tau_p) - Omega(tau_n))",
     gradient="along two edges a row, and into the network of the temperatures; none through the choice of the hardest",
     source="Adaptive Multi-head Contrastive Learning",
     published="3 heads, beta 0.1, tau = 1e-5 + (2 - 1e-5) sigmoid(MLP)",

@@ -56,10 +56,10 @@ def _repulsion(
 
 
 @catalogue.entry(
-    formula="mean of sum_p softmax_p(t+ d_p) alpha d_p over positives, plus mean of sum_j softmax_j(-t- d_ij)(-beta d_ij) over others",
+    formula="mean of sum_p softmax_p(t+ d_p) alpha d_p, plus mean of sum_(j != i) softmax_j(-t- d_ij) (-beta d_ij)",
     gradient="through distances and weights: p (1 + z - E z) for the repulsion, one sweep (neg_mean)",
     source="Contrastive Attraction and Contrastive Repulsion for Representation Learning",
-    published="t 1, alpha = beta = 1, unit vectors; debiased: tau+ 0.1 (the code adds tau+ d of the positive with the opposite sign)",
+    published="t 1, alpha = beta = 1, unit vectors; debiased at tau+ 0.1, where the code has the opposite sign of d_ii",
 )
 def cacr_loss(
     views: Sequence[Tensor], *, tau_positive: float = 1.0, tau_negative: float = 1.0, alpha: float = 1.0,
@@ -98,13 +98,13 @@ def cacr_loss(
     parts = []
     for i, q in enumerate(views):
         for k in views[i + 1 :]:
-            value, distance = _repulsion(q, k, tau_negative, beta, normalize, rbf, detach_weights)
+            repelled, distance = _repulsion(q, k, tau_negative, beta, normalize, rbf, detach_weights)
             if rbf is not None:
-                parts.append(beta * (torch.logsumexp(value, 0) - math.log(value.shape[0])))
+                parts.append(beta * (torch.logsumexp(repelled, 0) - math.log(repelled.shape[0])))
                 continue
             if tau_plus:
-                value = (value + tau_plus * beta * distance) / (1 - tau_plus)
-            parts.append(value.mean())
+                repelled = (repelled + tau_plus * beta * distance) / (1 - tau_plus)
+            parts.append(repelled.mean())
     return attracted + torch.stack(parts).mean()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import catalogue
-from ..pairs import pair_stats
+from ..pairs import pair_nll, pair_stats
 from ..pairs.arguments import Temperature
 from .reduction import check_reduction, reduce
 
@@ -39,9 +39,11 @@ def clip_loss(
         raise ValueError(f"q and k must have one shape [B, D], got {list(q.shape)} and {list(k.shape)}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    stats = pair_stats(q, k, scale=scale, normalize=normalize)
-    rows, columns = stats.nll, stats.columns.nll
-    if label_smoothing:
+    if not label_smoothing:
+        rows, columns = pair_nll(q, k, scale=scale, normalize=normalize, columns=True)
+    else:
+        stats = pair_stats(q, k, scale=scale, normalize=normalize)
+        rows, columns = stats.nll, stats.columns.nll
         mean_row, mean_column = mean_logits(q, k, scale, normalize)
         rows = (1 - label_smoothing) * rows + label_smoothing * (stats.lse - mean_row)
         columns = (1 - label_smoothing) * columns + label_smoothing * (stats.columns.lse - mean_column)

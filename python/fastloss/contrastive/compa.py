@@ -27,7 +27,7 @@ def modular_contrastive_loss(
 ) -> Tensor:  # fmt: skip
     """CompA's modular loss. An audio sees the positive texts of all audios and, of the hard negatives, only its own:
 
-        audio:  A_i = mean over own positives p of [log(sum over all positives j of e^(z_ij) + sum over own negatives e^(z_in)) - z_ip]
+        audio:  A_i = log(sum over all positives j of e^(z_ij) + sum over own negatives n of e^(z_in)) - mean of own z_ip
         text:   T_p = log(sum over audios i of e^(z_ip)) - z of p with its owner
         L = (mean A + mean T) / 2
 
@@ -36,7 +36,7 @@ def modular_contrastive_loss(
         scale: > 0, a number or a trained tensor.
         negatives: [H, D], hard negative texts; negative_owner: integers [H]. None: there are none.
         normalize: similarities are cosines.
-        reduction: of the audios, "mean" or "mean_valid" (without positives: 0, or dropped), and of the texts, added; "sum" likewise.
+        reduction: of audios and of texts: "mean" or "mean_valid" (audios without positives count 0, or not), "sum".
 
     Raises ValueError, TypeError, and on a CPU IndexError for owners out of range.
     Source: CompA: Addressing the Gap in Compositional Reasoning in Audio-Language Models.

@@ -57,7 +57,7 @@ def focal_supcon_loss(
 
 
 class MixedPairs(NamedTuple):
-    """Mixtures share x_first + (1 - share) x_second: features [2B, D], indices [2B], share [2B]. Their targets are mixed alike."""
+    """share x_first + (1 - share) x_second: features [2B, D], indices and share [2B]. Targets are mixed alike."""
 
     features: Tensor
     first: Tensor
@@ -66,16 +66,16 @@ class MixedPairs(NamedTuple):
 
 
 @catalogue.entry(
-    formula="hard positives lambda x_(least similar of the class) + (1 - lambda) x_(most similar of another); negatives mixed at >= 0.8",
+    formula="lambda x_(hardest positive) + (1 - lambda) x_(hardest negative); lambda x_(random) + (1 - lambda) x_i",
     gradient="into the features; none through the choice",
     source="Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning",
-    published="lambda uniform (Beta(1, 1)), at least 0.8 for negatives; the code takes sample 0 where a class has no other member: itself here",
+    published="lambda uniform, at least 0.8 in the second; a class of one takes sample 0 in the code, itself here",
 )
 def mix_hard_pairs(
     x: Tensor, labels: Tensor, *, least_share: float = 0.8, generator: torch.Generator | None = None
 ) -> MixedPairs:
-    """Core-tuning's hard pairs: first B negative ones, each a random other sample with a little of row i; then B positive ones, of
-    the hardest positive and the hardest negative of row i by cosine.
+    """Core-tuning's hard pairs: first B negative ones, a random sample with a little of row i; then B positive ones, of the
+    hardest positive and the hardest negative of row i by cosine.
 
     Args:
         x: [B, D]; labels: integers [B]. least_share: of the random sample in a negative pair, in [0, 1].

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..losses import catalogue
-from ..pairs import pair_stats, row_topk
+from ..pairs import pair_nll, row_topk
 from ..pairs.arguments import Temperature
 from .arguments import check_same_shape, check_weight, unit
 from .loss_module import LossModule
@@ -57,7 +57,7 @@ def info_nce_koleo_loss(
     """
     check_same_shape(q, k)
     check_weight("koleo_weight", koleo_weight)
-    info_nce = pair_stats(q, k, scale=scale, normalize=normalize, columns=False).nll.mean()
+    info_nce = pair_nll(q, k, scale=scale, normalize=normalize)[0].mean()
     return info_nce + koleo_weight * koleo_loss(q, normalize=normalize)
 
 

@@ -17,7 +17,7 @@ from .loss_module import LossModule
 from .reduction import check_reduction, reduce
 
 #: Numbers of softplus(center - positive) that are held at a time.
-_HELD = 1 << 22
+_HELD = 1 << 20
 
 
 @catalogue.entry(

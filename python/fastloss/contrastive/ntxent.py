@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..losses import catalogue
-from ..pairs import Diagonal, PairStats, pair_stats
+from ..pairs import Diagonal, PairStats, pair_nll, pair_stats
 from ..pairs.arguments import Temperature
 from ..pairs.statistics import logaddexp
 from .dots import check_pair, finite_softplus, own_similarity, scale_of
@@ -16,13 +16,17 @@ from .loss_module import LossModule
 from .reduction import check_reduction, reduce
 
 
+def two_views(view1: Tensor, view2: Tensor) -> Tensor:
+    """[2B, D] of two views [B, D], B > 0."""
+    check_pair(view1, view2, "the two views")
+    if not view1.shape[0]:
+        raise ValueError(f"the two views have no rows, got {list(view1.shape)}")
+    return torch.cat((view1, view2))
+
+
 def view_stats(view1: Tensor, view2: Tensor, scale: Temperature, normalize: bool, mean: bool = False) -> PairStats:
     """Statistics of both views with both: positives are a sample's two views, negatives the 2B - 2 others."""
-    check_pair(view1, view2, "the two views")
-    b = view1.shape[0]
-    if not b:
-        raise ValueError(f"the two views have no rows, got {list(view1.shape)}")
-    both = torch.cat((view1, view2))
+    both, b = two_views(view1, view2), view1.shape[0]
     return pair_stats(both, scale=scale, positive=Diagonal(b, -b), normalize=normalize, columns=False, mean=mean)
 
 
@@ -53,10 +57,11 @@ def ntxent_loss(
     """
     check_reduction(reduction)
     scale = scale_of(temperature)
-    stats = view_stats(view1, view2, scale, normalize)
+    both = two_views(view1, view2)
     if bank is None:
-        return reduce(stats.nll, reduction)
-    both = torch.cat((view1, view2))
+        b = view1.shape[0]
+        return reduce(pair_nll(both, scale=scale, positive=Diagonal(b, -b), normalize=normalize)[0], reduction)
+    stats = view_stats(view1, view2, scale, normalize)
     more = pair_stats(
         both, bank.detach(), scale=scale, positive=None, column_valid=bank_valid, normalize=normalize, columns=False
     )

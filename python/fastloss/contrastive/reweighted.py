@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..losses import catalogue
-from ..pairs import Diagonal, pair_map, pair_stats, row_topk
+from ..pairs import Diagonal, pair_map, pair_nll, pair_stats, row_topk
 from ..pairs.arguments import Temperature
 from ..pairs.statistics import INF
 from .dots import check_pair, finite_softplus, scale_of
@@ -80,7 +80,8 @@ def hcl_loss(
 @catalogue.entry(
     formula="mean of sg((1 - p_inter) / (1 - p_intra)) (-log p_intra), p at tau and p_inter at dt_m tau",
     gradient="that of InfoNCE at tau, rows weighted by the ratio",
-    source="Dual Temperature Helps Contrastive Learning Without Many Negative Samples: Towards Understanding and Simplifying MoCo",
+    source="Dual Temperature Helps Contrastive Learning Without Many Negative Samples: Towards Understanding and "
+    "Simplifying MoCo",
     published="tau 0.1, dt_m 10; no gradient through the weight",
 )
 def dual_temperature_loss(
@@ -109,7 +110,8 @@ def dual_temperature_loss(
     some = stats.neg_count > 0
     x = torch.where(some, x, 0.0)
     fixed = x.detach()
-    # softplus(x) / sigmoid(x) is 1 to all digits far below 0, where both may underflow; d (w softplus(x)) / dx = sigmoid(x_inter).
+    # softplus(x) / sigmoid(x) is 1 to all digits far below 0, where both may underflow; the slope of the product is
+    # sigmoid(x_inter) everywhere.
     ratio = torch.where(fixed < -40, 1.0, finite_softplus(fixed) / torch.sigmoid(fixed.clamp(min=-40)))
     slope = torch.sigmoid(x_inter)
     return reduce(torch.where(some, slope * (ratio + (x - fixed)), 0.0), reduction)
@@ -199,7 +201,7 @@ def n_pairs_loss(anchors: Tensor, positives: Tensor, *, norm_weight: float = 0.0
     check_pair(anchors, positives, "anchors and positives")
     if not (norm_weight >= 0 and math.isfinite(norm_weight)):
         raise ValueError(f"norm_weight must be finite and >= 0, got {norm_weight}")
-    values = pair_stats(anchors, positives, columns=False).nll
+    values, _ = pair_nll(anchors, positives)
     if norm_weight:
         norms = sum(x.to(values.dtype).square().sum(1) for x in (anchors, positives))
         values = values + norm_weight / 4 * norms

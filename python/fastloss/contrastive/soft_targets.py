@@ -11,33 +11,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..losses import catalogue
 from ..pairs import pair_stats
 from ..pairs.arguments import Temperature
 from .arguments import check_same_shape, check_weight, unit
+from .attention import attention
 from .loss_module import LossModule
 from .mixing import mixup_info_nce_loss
 from .reduction import check_reduction, reduce
-
-#: Numbers of the teacher's matrix that are held at a time.
-_HELD = 1 << 22
-
-
-def attention(
-    teacher_q: Tensor, teacher_k: Tensor, values: Tensor, scale: Temperature, bias: Tensor | None = None
-) -> Tensor:
-    """sum_j softmax_j(scale <teacher_q_i, teacher_k_j> + bias_j) values_j, [M, D], some rows at a time, made again in the
-    backward: memory O(M D) and 16 MB."""
-
-    def some(part: Tensor, teacher_k: Tensor, values: Tensor) -> Tensor:
-        logits = scale * (part @ teacher_k.t())
-        return (logits if bias is None else logits + bias).softmax(1) @ values
-
-    step = max(1, _HELD // max(teacher_k.shape[0], 1))
-    parts = [checkpoint(some, p, teacher_k, values, use_reentrant=False) for p in teacher_q.split(step)]
-    return torch.cat(parts)
 
 
 def _cross_entropy(
@@ -68,7 +50,7 @@ def distill_clip_loss(
         scale, teacher_scale: 1 / temperature of each, a number or a tensor [].
         normalize: divide all four by their norms. reduction: "mean", "sum", "none" ([B]).
 
-    Raises ValueError and TypeError as `pair_stats`. Memory: O(B (D + E)) and 16 MB; the products with the teacher are made twice.
+    Raises ValueError and TypeError as `pair_stats`. Memory: O(B (D + E)) and some megabytes.
     """
     check_reduction(reduction)
     check_same_shape(q, k)
@@ -99,7 +81,7 @@ def soft_clip_loss(
         q, targets: [B, D]. scale: s = 1 / temperature, of both softmaxes.
         detach: no gradient through the soft labels (through the targets as keys there is one). reduction: as above.
 
-    Raises ValueError and TypeError as `pair_stats`. Memory: O(B D) and 16 MB.
+    Raises ValueError and TypeError as `pair_stats`. Memory: O(B D) and some megabytes.
     Source: Harnessing Shared Relations via Multimodal Mixup Contrastive Learning for Multimodal Classification.
     """
     check_reduction(reduction)
@@ -146,7 +128,7 @@ def swalip_loss(
         q, k: two views each, [B, D]; normalised inside. scale: s of the predictions; epsilon: temperature of the assignments.
 
     Returns the mean over the four pairs of views, without the weight 0.2. Raises ValueError and TypeError as `pair_stats`.
-    Memory: O(B D) and 16 MB. Source: Improved baselines for vision-language pre-training.
+    Memory: O(B D) and some megabytes. Source: Improved baselines for vision-language pre-training.
     """
     if len(q) != 2 or len(k) != 2:
         raise ValueError(f"swalip_loss takes two views of each modality, got {len(q)} and {len(k)}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..losses import catalogue
 from ..pairs import pair_stats
 from .dots import check_pair, scale_of
 from .ntxent import view_stats
@@ -33,6 +34,12 @@ def moving_average(log_u: Tensor, log_mean: Tensor, gamma: float) -> Tensor:
     return torch.where(new, log_mean, both)
 
 
+@catalogue.entry(
+    formula="mean_i tau log u_i - s_ip, u_i a moving average of the mean of e^(s_in / tau) over the negatives",
+    gradient="e^(s_in / tau) / (u_i N) on negatives: an unbiased denominator at every batch size",
+    source="Provable Stochastic Optimization for Global Contrastive Learning: Small Batch Does Not Harm Performance",
+    published="gamma 0.9; tau 0.1 of two views, 0.01 of image and text",
+)
 class SogCLRLoss(nn.Module):
     """The global contrastive loss, whose denominators are averages over all steps, so that small batches do no harm.
 
@@ -149,6 +156,13 @@ class SogCLRLoss(nn.Module):
         return f"{self.num_samples}, temperature={self.temperature}, modality={self.modality}, gamma={self.gamma}"
 
 
+@catalogue.entry(
+    formula="mean_i tau_i (log u_i + rho) - s_ip, tau_i of each sample by a projected step with momentum",
+    gradient="as SogCLRLoss; tau: log u + rho - mean of (e^(s_in / tau) / u) s_in / tau",
+    source="Not All Semantics are Created Equal: Contrastive Self-supervised Learning with Automatic Temperature "
+    "Individualization",
+    published="LibAUC: rho 0.3 or 6, eta 0.01; authors: rho 6 or 8, eta 0.001, gradient clipped at 3 or 5",
+)
 class ISogCLRLoss(SogCLRLoss):
     """iSogCLR: SogCLR with a temperature of each sample, robust (RGCL): F + tau_i rho, minimised in tau_i too.
 

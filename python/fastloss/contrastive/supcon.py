@@ -19,7 +19,7 @@ MODES = ("out", "in", "mil_nce")
     formula="out: mean over positives p of -log p_ip; in: -log mean over p of p_ip; p_ij = softmax over j != i of s_ij / tau",
     gradient="out: (softmax - 1 / |P|) / tau on positives; in: softmax - softmax among the positives",
     source="Supervised Contrastive Learning",
-    published="out, tau 0.07, factor tau / base_tau; rows without positives are dropped here (mean_valid), 0 in some codes (mean)",
+    published="out, tau 0.07, factor tau / base_tau; rows without positives are dropped (mean_valid); 0 in some codes (mean)",
 )
 def supcon_loss(
     x: Tensor, labels: Tensor, keys: Tensor | None = None, key_labels: Tensor | None = None,

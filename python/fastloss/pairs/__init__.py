@@ -2,7 +2,7 @@
 
 from .classes import Diagonal, Guide, PairMask, SameId
 from .edges import edge_dot, edge_dot_csr
-from .engine import PairHistogram, PairMap, TopPairs, pair_histogram, pair_map, pair_stats, row_topk
+from .engine import PairHistogram, PairMap, TopPairs, pair_histogram, pair_map, pair_nll, pair_stats, row_topk
 from .statistics import PairStats
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "edge_dot_csr",
     "pair_histogram",
     "pair_map",
+    "pair_nll",
     "pair_stats",
     "row_topk",
 ]

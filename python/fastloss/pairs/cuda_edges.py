@@ -1,4 +1,4 @@
-"""`edge_dot` and `edge_sum` of the `cuda` backend (csrc/cuda/edge_dot.cu). An id out of range gives NaN: nobody may look."""
+"""`edge_dot` and `edge_sum` of the `cuda` backend (csrc/cuda/edge_dot.cu). An id out of range gives NaN."""
 
 from __future__ import annotations
 

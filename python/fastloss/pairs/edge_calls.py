@@ -35,9 +35,8 @@ class EdgeDotCall:
     def __init__(self, q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> None:
         q, k, rows, columns = _operand("q", q), _operand("k", k), _ids("rows", rows), _ids("columns", columns)
         if q.shape[1] != k.shape[1] or q.dtype != k.dtype:
-            raise ValueError(
-                f"q and k must be [M, D] and [N, D] of one dtype, got {q.dtype} {tuple(q.shape)} and {k.dtype} {tuple(k.shape)}"
-            )
+            given = f"{q.dtype} {tuple(q.shape)} and {k.dtype} {tuple(k.shape)}"
+            raise ValueError(f"q and k must be [M, D] and [N, D] of one dtype, got {given}")
         if rows.shape != columns.shape:
             raise ValueError(f"rows and columns must be [E] both, got {tuple(rows.shape)} and {tuple(columns.shape)}")
         self.dots = torch.empty(len(rows), dtype=torch.float32, device=q.device)

@@ -14,6 +14,7 @@ from .batch import batched_pair_stats
 from .classes import Diagonal, Guide, PairSets
 from .pairing import Pairing
 from .self_similarity import is_symmetric, self_stats
+from .small import MOST_PAIRS, dense_nll
 from .statistics import PairStats
 
 #: Row i belongs to column i; without k, where that would be a row with itself, it stands for no positives.
@@ -112,20 +113,8 @@ def pair_stats(
     if k is None and positive is DIAGONAL:
         positive = None
     made = make_pairing(
-        q,
-        k,
-        scale,
-        column_scale,
-        positive,
-        excluded,
-        row_valid,
-        column_valid,
-        window,
-        guide,
-        normalize,
-        hardness,
-        margin,
-    )
+        q, k, scale, column_scale, positive, excluded, row_valid, column_valid, window, guide, normalize, hardness, margin
+    )  # fmt: skip
     want = PairWant.NOTHING
     if mean:
         want |= PairWant.MEAN
@@ -146,9 +135,29 @@ def pair_stats(
     return PairStats(rows, added, second_scale, mean, side)
 
 
+def pair_nll(
+    q: Tensor, k: Tensor | None = None, *, scale: Temperature = 1.0, positive: PairSets = DIAGONAL, excluded: PairSets = None,
+    normalize: bool = False, columns: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`nll` of the rows and of the columns (empty unless asked for): what `pair_stats(...).nll` is, and nothing else. A matrix
+    of a few thousand pairs is made as a whole, where that is faster than a kernel. Arguments and errors: as `pair_stats`.
+    """
+    positive = None if k is None and positive is DIAGONAL else positive
+    if q.dim() == 2 and q.shape[0] * (q if k is None else k).shape[0] <= MOST_PAIRS:
+        made = make_pairing(q, k, scale, None, positive, excluded, None, None, None, None, normalize)
+        dense = dense_nll(made)
+        if dense is not None:
+            return dense.along(1), dense.along(0) if columns else q.new_empty(0)
+    stats = pair_stats(
+        q, k, scale=scale, positive=positive, excluded=excluded, normalize=normalize, columns=columns
+    )  # fmt: skip
+    return stats.nll, stats.columns.nll if columns else q.new_empty(0)
+
+
 #: Memory that a CPU kernel fills with similarities for its backward unless the user says otherwise, where D is so large that
-#: making them again costs more than reading them.
-KEPT_BYTES, KEPT_FROM = 64 << 20, 512
+#: making them again costs more than reading them (float32; bfloat16 tiles are made faster than float32 ones are read).
+KEPT_BYTES, KEPT_FROM = (64 << 20) + 64, 512
+KEPT_HEADER = 16  # floats, of csrc/cpu/pair_problem.h
 
 
 def _kept(p: Pairing, max_bytes: int | None) -> int:
@@ -156,10 +165,11 @@ def _kept(p: Pairing, max_bytes: int | None) -> int:
     if max_bytes is not None and max_bytes < 0:
         raise ValueError(f"max_kept_bytes must be >= 0, got {max_bytes}")
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in p[:4])
-    if p.device.type != "cpu" or not needed or (max_bytes is None and p.q.shape[1] < KEPT_FROM):
+    pays = max_bytes is not None or (p.q.dtype == torch.float32 and p.q.shape[1] >= KEPT_FROM)
+    if p.device.type != "cpu" or not needed or not pays:
         return 0
     (m, n), limit = p.shape, KEPT_BYTES if max_bytes is None else max_bytes
-    return min(limit // 4, -(-m // 32) * -(-n // 32) * 32 * 32)
+    return min(limit // 4, KEPT_HEADER + -(-m // 32) * -(-n // 32) * 32 * 32)
 
 
 def pair_map(

@@ -65,6 +65,9 @@ def check_pairing(p: Pairing) -> None:
     for name in ("positive", "excluded"):
         rows, columns = getattr(p, f"{name}_rows"), getattr(p, f"{name}_columns")
         shape = (m,) if columns is not None else (m, -(-n // 32))
+        for ids in (rows, columns):
+            if ids is not None and ids.dtype != torch.int32:
+                raise TypeError(f"{name} ids must be int32, got {ids.dtype}")
         if (rows is None and columns is not None) or (rows is not None and rows.shape != shape):
             raise ValueError(
                 f"{name}_rows must have shape {list(shape)}, got {None if rows is None else list(rows.shape)}"

@@ -29,10 +29,10 @@ def row_topk(*args: Any) -> tuple[Tensor, Tensor]:
             member = member | s.negative
         if classes & PairClasses.POSITIVE:
             member = member | s.positive
-        ranked = torch.where(member, s.z, -INF)
-        top, index = ranked.sort(dim=1, descending=True, stable=True)
-        top, index = top[:, :count], index[:, :count]
-        found = torch.gather(member, 1, index)
+        top, index = torch.where(member, s.z, -INF).sort(dim=1, descending=True, stable=True)
+        # A member may be -inf as well: members come before what is none.
+        found, order = torch.gather(member, 1, index).sort(dim=1, descending=True, stable=True)
+        found, top, index = (x[:, :count] for x in (found, top.gather(1, order), index.gather(1, order)))
         rows, width = slice(s.start, s.stop), top.shape[1]
         values[rows, :width] = torch.where(found, top, -INF)
         columns[rows, :width] = torch.where(found, index, -1)

@@ -13,8 +13,8 @@ from ..contract import PairFunction
 from ..registry import kernel
 from .pairing import PAIRING_LENGTH, Pairing, check_pairing
 
-#: Rows and columns are counted in 32 bits.
-LARGEST = (1 << 31) - (1 << 16)
+#: Counts are float32, which holds each up to here; offsets inside a tile of the scratch are 32 bits.
+LARGEST = 1 << 24
 #: row_topk keeps each list in registers.
 LONGEST_LIST = 64
 
@@ -29,8 +29,8 @@ def _why_not(*args: Any) -> str | None:
             return f"takes {name} in float32, float16 or bfloat16, got {x.dtype}"
         if x is not None and x.shape[-1] == 0:
             return f"takes {name} of at least one feature"
-    if not all(0 < size < LARGEST for size in p.shape):
-        return f"takes 1 to {LARGEST - 1} rows and columns, got {p.shape}"
+    if not all(0 < size <= LARGEST for size in p.shape):
+        return f"takes 1 to {LARGEST} rows and columns, got {p.shape}"
     return None
 
 
