@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import number
 from .classes import Guide, PairMask, SameId
 from .statistics import PairStats
 
@@ -45,7 +46,7 @@ def batched_pair_stats(one: Callable[..., PairStats], q: Tensor, k: Tensor | Non
     if q.shape[0] == 0:
         raise ValueError(f"a batch has at least one sample, got {list(q.shape)}")
     if bias is not None:
-        bias = torch.as_tensor(bias, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        bias = number(bias, torch.promote_types(q.dtype, torch.float32), q.device)
     parts = [
         one(q[b], None if k is None else k[b], **{name: _of_sample(v, b) for name, v in arguments.items()})
         for b in range(q.shape[0])
