@@ -46,9 +46,16 @@ def check_embeddings(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"embeddings must be on one device, got {q.device} and {k.device}")
 
 
+def number(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor on the device. A number is filled in, not copied: a copy would make the host wait for the GPU."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def vector(name: str, value: Tensor | float, length: int, q: Tensor, dtype: torch.dtype) -> Tensor:
     """A number or [length] as [length]."""
-    x = value if isinstance(value, Tensor) else torch.as_tensor(value, device=q.device, dtype=dtype)
+    x = value if isinstance(value, Tensor) else number(value, dtype, q.device)
     if x.device != q.device and x.dim():
         raise ValueError(f"{name} is on {x.device}, the embeddings on {q.device}")
     if x.dim() > 1 or (x.dim() == 1 and x.shape[0] not in (1, length)):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import registry
 from ..contract import PairWant
-from .arguments import make_pairing, positive_numbers
+from .arguments import make_pairing, number, positive_numbers
 from .classes import Diagonal, Guide, PairMask, SameId
 from .reference import statistics
 from .small import MOST_PAIRS
@@ -95,7 +95,7 @@ def batched_pair_stats(one: Callable[..., PairStats], q: Tensor, k: Tensor | Non
     if q.shape[0] == 0:
         raise ValueError(f"a batch has at least one sample, got {list(q.shape)}")
     if bias is not None:
-        bias = torch.as_tensor(bias, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        bias = number(bias, torch.promote_types(q.dtype, torch.float32), q.device)
     _check_batch(q.shape[0], arguments)
     if _is_small(q, q if k is None else k, arguments):
         return _together(q, k, bias, **arguments)

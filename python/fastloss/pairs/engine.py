@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..contract import NUM_PAIR_COLUMN_STATS, PairClasses, PairFunction, PairMapStat, PairWant
 from . import autograd
-from .arguments import INF, Temperature, make_pairing, vector
+from .arguments import INF, Temperature, make_pairing, number, vector
 from .batch import batched_pair_stats
 from .classes import Diagonal, Guide, PairSets
 from .pairing import Pairing
@@ -123,7 +123,7 @@ def pair_stats(
         if not 0 < second_scale < INF:
             raise ValueError(f"second_scale must be finite and > 0, got {second_scale}")
         want |= PairWant.SECOND
-    added = None if bias is None else torch.as_tensor(bias, dtype=made.pairing.statistic_dtype, device=q.device)
+    added = None if bias is None else number(bias, made.pairing.statistic_dtype, q.device)
     if added is not None and added.numel() != 1:
         raise ValueError(f"bias must be one number, got {list(added.shape)}")
     added = None if added is None else added.reshape(())
