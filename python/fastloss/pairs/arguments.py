@@ -50,6 +50,8 @@ def number(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> T
     """A tensor on the device. A number is filled in, not copied: a copy would make the host wait for the GPU."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype)
+    if isinstance(value, (str, list, tuple)):
+        raise TypeError(f"expected a number or a tensor, got {value!r}")
     return torch.full((), value, dtype=dtype, device=device)
 
 
