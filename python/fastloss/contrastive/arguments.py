@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pairs.arguments import EPS
+from ..pairs.arguments import EPS, Temperature, positive_numbers
 
 
 def check_same_shape(q: Tensor, k: Tensor) -> None:
@@ -29,6 +29,13 @@ def check_weight(name: str, value: float) -> None:
     """Raise ValueError for a weight, margin or penalty that is negative or not finite."""
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def check_scale(name: str, scale: Temperature) -> None:
+    """Raise ValueError for what is not one positive number (seen on a CPU)."""
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(f"{name} must be a number or one element, got {list(scale.shape)}")
+    positive_numbers(name, scale)
 
 
 def wide(x: Tensor) -> Tensor:
