@@ -127,7 +127,8 @@ def info_nce(
             the row's own hard ones, "hard" to these only, "all" to both. hardness: None for the published 9 and 5.
         query_ids, document_ids [B], negative_ids [B, M], shared_ids [N]: what has the row's query, or the document of its
             positive, is no negative of it. (Hard negatives of another row with the same query neither.)
-        own_margin: a negative is masked where its similarity exceeds s_ii + own_margin (Qwen3-Embedding: 0.1).
+        own_margin: a negative is masked where its similarity exceeds s_ii + own_margin (Qwen3-Embedding: 0.1), by more than
+            rounding: an exact copy of the positive is kept, by a guide too.
         guide: masks by a guide's similarity, `GuideEmbeddings` (GISTEmbed).
         label_smoothing: share of the target spread over all candidates; with q_to_k and k_to_q alone, nothing masked.
         focal_gamma: multiplies by (1 - p_i)^gamma, p_i = e^(-L_i), gradient through both.
@@ -149,7 +150,7 @@ def info_nce(
     in_batch, hard = _strengths(hardness_mode, hardness)
     similarity = own_similarity(q, k, normalize)
     c = Candidates(
-        q, k, scale, normalize, limits(similarity, own_margin, guide, normalize), negatives, share_negatives, shared,
+        q, k, scale, normalize, limits(q, k, similarity, own_margin, guide, normalize), negatives, share_negatives, shared,
         shared_valid, query_ids, document_ids, negative_ids, shared_ids, in_batch, hard,
     )  # fmt: skip
     _check_candidates(c)
