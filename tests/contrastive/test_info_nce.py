@@ -284,6 +284,15 @@ def test_bad_input():
         ({"shared_valid": torch.ones(3, dtype=torch.bool)}, "shared_valid was given"),
         ({"guide": told, "negatives": negatives}, "guide has no negatives"),
         ({"guide": told, "shared": shared}, "guide has no shared"),
+        *(
+            ({"guide": GuideEmbeddings(q, k, n), "negatives": negatives, "share_negatives": share}, "guide's negatives must")
+            for n in (negatives[:, :1], negatives[:1], negatives[..., :3], negatives[0])
+            for share in (True, False)
+        ),
+        ({"guide": GuideEmbeddings(q, k, None, shared[:1]), "shared": shared}, "guide's shared must have"),
+        ({"guide": GuideEmbeddings(q[:1], k[:1])}, "guide's q and k must be"),
+        ({"guide": GuideEmbeddings(q, k[:, :3])}, "guide's q and k must be"),
+        ({"own_margin": float("nan")}, "own_margin must be finite, got nan"),
         ({"label_smoothing": 0.1, "own_margin": 0.1}, "label_smoothing takes"),
         ({"label_smoothing": 1.1}, "label_smoothing must be"),
         ({"focal_gamma": -1.0}, "focal_gamma must be"),
@@ -295,6 +304,8 @@ def test_bad_input():
         info_nce(q, k, query_ids=torch.randn(4))
     with pytest.raises(ValueError, match="strategy"):
         GuideEmbeddings(q, k, strategy="both")
+    with pytest.raises(ValueError, match="margin must be finite, got nan"):
+        GuideEmbeddings(q, k, margin=float("nan"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -71,6 +71,12 @@ def _check_candidates(c: Candidates) -> None:
             raise ValueError(f"{name} was given, but not the candidates that it describes")
         if ids.shape != tuple(shape):
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(ids.shape)}")
+    guide = c.limits.guide
+    if guide is not None:
+        for name, told, given in (("negatives", guide.negatives, c.negatives), ("shared", guide.shared, c.shared)):
+            shape = None if given is None else (*given.shape[:-1], guide.q.shape[1])
+            if told is not None and shape is not None and told.shape != shape:
+                raise ValueError(f"the guide's {name} must have shape {list(shape)}, got {list(told.shape)}")
     if c.document_ids is None and (c.negative_ids is not None or c.shared_ids is not None):
         raise ValueError("negative_ids and shared_ids are compared with document_ids: pass those too")
 
