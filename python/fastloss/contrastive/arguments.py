@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autograd import can_look
 from ..pairs.arguments import EPS, Temperature, positive_numbers
 
 
@@ -23,6 +24,18 @@ def check_labels(x: Tensor, labels: Tensor, name: str = "labels") -> None:
         raise ValueError(f"{name} must have shape [{x.shape[0]}], got {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
+
+
+def check_ids(name: str, ids: Tensor, count: int, length: int) -> None:
+    """Raise unless ids are `length` integers in [0, count): IndexError for the range, where looking costs no wait for a device."""
+    if ids.shape != (length,):
+        raise ValueError(f"{name} must have shape [{length}], got {list(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if can_look(ids) and ids.numel():
+        low, high = (int(i) for i in ids.aminmax())
+        if low < 0 or high >= count:
+            raise IndexError(f"{name} must be in [0, {count}), got ids from {low} to {high}")
 
 
 def check_weight(name: str, value: float) -> None:
