@@ -198,7 +198,7 @@ def test_bad_input():
         (lambda: modular_contrastive_loss(x, x, LABELS, 0.0), "scale must be"),
         (lambda: modular_contrastive_loss(x, x, LABELS, 1.0, negatives=x), "come together"),
         (lambda: modular_contrastive_loss(x, x, LABELS, 1.0, reduction="none"), "not one list"),
-        (lambda: modular_contrastive_loss(x, x, LABELS[:3], 1.0), "ids must have shape"),
+        (lambda: modular_contrastive_loss(x, x, LABELS[:3], 1.0), "owner must have shape"),
         (lambda: ModularContrastiveLoss(200.0), "init_scale must be"),
     ):
         with pytest.raises(ValueError, match=message):
