@@ -157,6 +157,7 @@ class SoftClipLoss(LossModule):
     def __init__(
         self, scale: float = 8.0, *, detach: bool = True, normalize: bool = True, reduction: str = "mean"
     ) -> None:  # fmt: skip
+        check_scale("scale", scale)
         super().__init__(soft_clip_loss, scale=scale, detach=detach, normalize=normalize, reduction=reduction)
 
 
@@ -171,6 +172,8 @@ class M3CoLLoss(nn.Module):
         super().__init__()
         if not 0 <= mixup_share <= 1:
             raise ValueError(f"mixup_share must be in [0, 1], got {mixup_share}")
+        check_scale("mixup_scale", mixup_scale)
+        check_scale("soft_scale", soft_scale)
         self.mixup_share, self.mixup_scale, self.soft_scale = mixup_share, mixup_scale, soft_scale
 
     def mixes(self, progress: float) -> bool:
