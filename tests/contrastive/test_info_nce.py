@@ -285,7 +285,10 @@ def test_bad_input():
         ({"guide": told, "negatives": negatives}, "guide has no negatives"),
         ({"guide": told, "shared": shared}, "guide has no shared"),
         *(
-            ({"guide": GuideEmbeddings(q, k, n), "negatives": negatives, "share_negatives": share}, "guide's negatives must")
+            (
+                {"guide": GuideEmbeddings(q, k, n), "negatives": negatives, "share_negatives": share},
+                "guide's negatives must",
+            )
             for n in (negatives[:, :1], negatives[:1], negatives[..., :3], negatives[0])
             for share in (True, False)
         ),

@@ -27,7 +27,7 @@ def check_labels(x: Tensor, labels: Tensor, name: str = "labels") -> None:
 
 
 def check_ids(name: str, ids: Tensor, count: int, length: int) -> None:
-    """Raise unless ids are `length` integers in [0, count): IndexError for the range, where looking costs no wait for a device."""
+    """Raise unless ids are `length` integers in [0, count); the range raises IndexError, on a CPU."""
     if ids.shape != (length,):
         raise ValueError(f"{name} must have shape [{length}], got {list(ids.shape)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -69,10 +71,49 @@ def decoupled_softmax_loss(
     return _mean_over_positives(values, rows, m, weight, chosen, reduction)
 
 
+class _Refused(torch.autograd.Function):
+    """A gradient that cannot be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "soft_topk_loss can be differentiated once: its threshold has no second derivative, so the gradient that was "
+            "computed with create_graph=True cannot be differentiated again"
+        )
+
+
+class _Once(torch.autograd.Function):
+    """The threshold itself, whose gradient `_Refused` hands on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(threshold: Tensor) -> Tensor:
+        return threshold.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return cast(Tensor, _Refused.apply(grad))
+
+
 def soft_topk_threshold(
     q: Tensor, k: Tensor, top: int | Tensor, scale: Temperature, normalize: bool, iterations: int = 24
 ) -> Tensor:
-    """t [M] with sum_j sigmoid(z_ij + t_i) = top, differentiable.
+    """t [M] with sum_j sigmoid(z_ij + t_i) = top, differentiable once.
 
     Bisection over sums of sigmoids, no gradient, nothing kept; two Newton steps to full precision, the second of which is made of
     differentiable sums: its derivative is that of the implicit function, dt / dz_j = -sigmoid'_j / sum sigmoid'.
@@ -101,7 +142,7 @@ def soft_topk_threshold(
     total, slope = sums(found)
     safe = slope.clamp_min(torch.finfo(slope.dtype).tiny)
     flat = slope <= torch.finfo(slope.dtype).tiny  # every sigmoid is 0 or 1: the threshold does not move
-    return found + torch.where(flat, 0.0, (target - total) / safe)
+    return cast(Tensor, _Once.apply(found + torch.where(flat, 0.0, (target - total) / safe)))
 
 
 @catalogue.entry(
@@ -124,7 +165,8 @@ def soft_topk_loss(
         temperature: tau > 0. top: K in 1..N - 1, a number or [M]. alpha: > 0.
         weight, normalize, reduction: as `decoupled_softmax_loss`.
 
-    Costs 29 sweeps over the pairs and one in the backward. Raises as `decoupled_softmax_loss`.
+    Costs 29 sweeps over the pairs and one in the backward. Raises as `decoupled_softmax_loss`, and RuntimeError where its
+    gradient is differentiated again (the threshold's derivative is that of one Newton step, right to the first order alone).
     Source: Dual-Encoders for Extreme Multi-Label Classification.
     """
     check_reduction(reduction)

@@ -96,7 +96,9 @@ def limits(
         return unit(x) if normalize else x
 
     if guide.q.dim() != 2 or guide.q.shape != guide.k.shape or guide.q.shape[0] != q.shape[0]:
-        raise ValueError(f"the guide's q and k must be [{q.shape[0]}, E], got {list(guide.q.shape)} and {list(guide.k.shape)}")
+        raise ValueError(
+            f"the guide's q and k must be [{q.shape[0]}, E], got {list(guide.q.shape)} and {list(guide.k.shape)}"
+        )
     guide_q, guide_k = prepared(guide.q), prepared(guide.k)
     negatives, shared = (None if x is None else prepared(x) for x in (guide.negatives, guide.shared))
     level = own_similarity(guide_q, guide_k, False)

@@ -39,7 +39,8 @@ def blockrank_loss(
         scale: 1 / temperature > 0. reduction: "mean_valid" over rows with a relevant document, "mean", "sum", "none" ([B]).
 
     NaN scores that are not padding make the loss NaN.
-    Raises ValueError for other shapes and a scale that is not positive, TypeError for masks that are not bool. Dense: K is a list's length.
+    Raises ValueError for other shapes and a scale that is not positive, TypeError for masks that are not bool.
+    Dense: K is a list's length.
     Source: Scalable In-context Ranking with Generative Models.
     """
     check_reduction(reduction)
