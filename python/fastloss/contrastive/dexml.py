@@ -91,6 +91,8 @@ class _Refused(torch.autograd.Function):
             "computed with create_graph=True cannot be differentiated again"
         )
 
+    jvp = backward
+
 
 class _Once(torch.autograd.Function):
     """The threshold itself, whose gradient `_Refused` hands on."""
@@ -108,6 +110,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return cast(Tensor, _Refused.apply(grad))
+
+    jvp = backward
 
 
 def soft_topk_threshold(
