@@ -44,6 +44,13 @@ def check_weight(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
+def check_share(share: Tensor) -> None:
+    """Raise ValueError for shares that are not in [0, 1], on a CPU."""
+    if can_look(share) and share.numel() and not bool(((share >= 0) & (share <= 1)).all()):
+        low, high = (float(x) for x in share.detach().aminmax())
+        raise ValueError(f"share must be in [0, 1], got numbers from {low} to {high}")
+
+
 def check_scale(name: str, scale: Temperature) -> None:
     """Raise ValueError for what is not one positive number (seen on a CPU)."""
     if isinstance(scale, Tensor) and scale.numel() != 1:
