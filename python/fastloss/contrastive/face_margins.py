@@ -11,7 +11,7 @@ from ..losses import catalogue
 from ..pairs import SameId, pair_stats
 from ..pairs.arguments import make_pairing
 from ..pairs.statistics import logaddexp, softplus
-from .arguments import check_labels, check_weight, log_sum_exp, unit
+from .arguments import check_labels, check_scale, check_weight, log_sum_exp, unit
 from .order_statistics import negative_order_statistics
 from .reduction import check_reduction, reduce
 
@@ -141,6 +141,9 @@ class AngularMarginLoss(nn.Module):
         unpg: bool = False, width: float = 1.5,
     ) -> None:  # fmt: skip
         super().__init__()
+        check_scale("scale", scale)
+        check_weight("margin", margin)
+        check_weight("width", width)
         _with_margin(torch.zeros(()), margin, kind)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         nn.init.xavier_uniform_(self.weight)
