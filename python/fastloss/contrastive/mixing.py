@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..losses import catalogue
 from ..pairs import edge_dot, pair_stats
-from ..pairs.arguments import Temperature
+from ..pairs.arguments import Temperature, number
 from .arguments import check_same_shape, check_share, check_weight, unit, wide
 from .loss_module import LossModule
 from .reduction import check_reduction, reduce
@@ -101,7 +101,7 @@ def metrix_loss(
     check_same_shape(anchor, positive)
     check_same_shape(anchor, negative)
     anchor, positive, negative = (unit(x, normalize) for x in (anchor, positive, negative))
-    share = torch.as_tensor(share, device=anchor.device, dtype=anchor.dtype)
+    share = number(share, anchor.dtype, anchor.device)
     if share.shape not in ((), anchor.shape[:1]):
         raise ValueError(f"share must be a number or [{anchor.shape[0]}], got {list(share.shape)}")
     check_share(share)

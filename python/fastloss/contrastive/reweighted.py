@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..losses import catalogue
 from ..pairs import Diagonal, pair_map, pair_nll, pair_stats, row_topk
-from ..pairs.arguments import Temperature
+from ..pairs.arguments import Temperature, number
 from ..pairs.statistics import INF
 from .dots import check_pair, finite_softplus, scale_of
 from .loss_module import LossModule
@@ -73,7 +73,7 @@ def hcl_loss(
     else:
         stats = view_stats(view1, view2, scale, normalize)
         negatives, positives = stats.neg_lse, stats.pos_sum
-    floor = math.log(count) - torch.as_tensor(scale, dtype=negatives.dtype, device=negatives.device)
+    floor = math.log(count) - number(scale, negatives.dtype, negatives.device)
     return reduce(finite_softplus(_debiased(negatives, positives, count, tau_plus, floor) - positives), reduction)
 
 
