@@ -15,13 +15,13 @@ def dense_query(q, k, scale):
     z = scale * q @ k.t()
     others = ~torch.eye(len(q), dtype=torch.bool)
     x = (z - z.diagonal()[:, None])[others].view(len(q), -1)
-    return F.softplus(x, threshold=800).mean(1)
+    return F.softplus(x, threshold=100).mean(1)
 
 
 def dense_pooled(z, positive, excluded=None):
     negative = ~positive if excluded is None else ~positive & ~excluded
     x = z[negative][:, None] - z[positive & (negative | positive)][None]
-    return F.softplus(x, threshold=800).mean()
+    return F.softplus(x, threshold=100).mean()
 
 
 @pytest.mark.parametrize("batch", [2, 3, 65])
@@ -65,15 +65,15 @@ def test_pooled_converges_to_all_comparisons(labelled):
     assert errors[0] > 8 * errors[1] > 64 * errors[2]  # the square of the step
 
 
-def piecewise(q, k, scale, bins, bound, positive, exact_positives):
+def piecewise(q, k, scale, bins, low, high, positive, exact_positives):
     """The pooled loss as what it is: softplus interpolated between the centers."""
     z = scale * q @ k.t()
-    centers = torch.linspace(-bound, bound, bins, dtype=z.dtype)
+    centers = torch.linspace(low, high, bins, dtype=z.dtype)
 
     def interpolated(x, table):
-        y = (x + bound) / (2 * bound) * (bins - 1)
-        low = y.detach().floor().long().clamp(0, bins - 2)
-        return table[..., low] * (1 - (y - low)) + table[..., low + 1] * (y - low)
+        y = (x - low) / (high - low) * (bins - 1)
+        left = y.detach().floor().long().clamp(0, bins - 2)
+        return table[..., left] * (1 - (y - left)) + table[..., left + 1] * (y - left)
 
     own, negatives = z[positive], z[~positive]
     if exact_positives:
@@ -88,13 +88,55 @@ def test_pooled_gradient_is_that_of_its_own_value(labelled):
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     labels = torch.arange(13) % 4
     positive = labels[:, None] == labels if labelled else torch.eye(13, dtype=torch.bool)
-    bound = 4.0 * float(q.norm(dim=1).max() * k.norm(dim=1).max()) * (1 + 1e-4)
+    z = (4 * q @ k.t()).detach()
+    counted = z if labelled else z[~positive]  # the bins hold all z that are counted, and little more
+    low, high = float(counted.min()), float(counted.max())
+    low, high = low - 1e-4 * (high - low), high + 1e-4 * (high - low)
     sets = {"positive": SameId(labels, labels)} if labelled else {}
     check_same(
         lambda *x: mw_loss(*x, mode="pooled", bins=64, **sets),
-        lambda *x: piecewise(*x, 64, bound, positive, not labelled),
+        lambda *x: piecewise(*x, 64, low, high, positive, not labelled),
         [q, k, scale],
     )
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("offset", [-200.0, 0.0, 200.0])
+def test_pooled_far_apart(offset, labelled):
+    """All negatives far below or above all positives: softplus is nearly 0 or linear, and so are the bins."""
+    q, k = (F.pad(x, (0, 1), value=1.0) for x in embeddings(12, 6))
+    positive = torch.eye(12, dtype=torch.bool)
+    with torch.no_grad():
+        q[:, -1] = offset
+        k[:, :-1] = k[:, :-1] / 4 - (offset / 36) * q[:, :-1]
+    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+    sets = {"positive": SameId(torch.arange(12), torch.arange(12))} if labelled else {}
+    ours = mw_loss(q, k, mode="pooled", bins=4096, **sets)
+    exact = dense_pooled(q @ k.t(), positive)
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-7)
+    for a, b in zip(torch.autograd.grad(ours, (q, k)), torch.autograd.grad(exact, (q, k)), strict=True):
+        assert float((a - b).norm()) < 2e-2 * float(b.norm()) + 1e-7
+
+
+def test_pooled_with_a_large_row():
+    """One huge query and one huge key: their norms say nothing about where the loss bends."""
+    q, k = embeddings(64, 16, seed=2)
+    with torch.no_grad():
+        q[0] *= 100
+        k[1] *= 100
+    ours, exact = mw_loss(q, k, mode="pooled"), dense_pooled(q @ k.t(), torch.eye(64, dtype=torch.bool))
+    assert abs(float((ours / exact - 1).detach())) < 1e-3
+    for a, b in zip(torch.autograd.grad(ours, (q, k)), torch.autograd.grad(exact, (q, k)), strict=True):
+        assert float((a - b).norm()) < 1e-2 * float(b.norm())
+
+
+def test_pooled_with_labels_saves_no_table_of_bins():
+    q, k = embeddings(20, 4)
+    labels = torch.arange(20) % 3
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        mw_loss(q, k, mode="pooled", bins=512, positive=SameId(labels, labels))
+    assert max(saved) <= 4 * 512
 
 
 def test_pooled_in_parts(monkeypatch):

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 
 from dense_losses import check_narrow, check_same, embeddings
 from fastloss.contrastive import contrastive_loss, operating_point_inconsistency, order_statistics, tcm_loss
-from fastloss.pairs import SameId
-from fastloss.pairs.arguments import make_pairing
 
 
 def classes(x, labels, k=None, key_labels=None, normalize=True):
@@ -101,24 +99,47 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("held", [1, 40, 1 << 20])
-def test_order_statistics_are_exact(held):
+@pytest.mark.parametrize("sample", [16, 1 << 15])
+def test_order_statistics_are_exact(monkeypatch, held, sample):
+    monkeypatch.setattr(order_statistics, "_PASS", 100)  # several blocks
+    monkeypatch.setattr(order_statistics, "_SAMPLE", sample)
     x = torch.randn(31, 2, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
     labels = torch.arange(31) % 3
-    p = make_pairing(x, None, 1.0, None, None, SameId(labels), None, None, None, None, False).pairing
     s, _, negative = classes(x, labels, normalize=False)
-    right = s[negative].sort().values
+    right = s[negative.triu(1)].sort().values
     ranks = [0, 1, 7, len(right) // 4, len(right) // 2, len(right) - 2, len(right) - 1]
-    ours = order_statistics.negative_order_statistics(p, ranks, held)
+    ours = order_statistics.negative_order_statistics(x, labels, ranks, held)
     torch.testing.assert_close(torch.stack(ours), right[ranks], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("deviations", [-1.0, 0.0, 5.0])
+def test_order_statistics_where_the_sample_misleads(monkeypatch, deviations):
+    monkeypatch.setattr(order_statistics, "_SAMPLE", 500)
+    monkeypatch.setattr(order_statistics, "_DEVIATIONS", deviations)
+    x = torch.randn(80, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(80) % 7
+    s, _, negative = classes(x, labels, normalize=False)
+    right = s[negative.triu(1)].sort().values
+    ranks = [len(right) // 4, 3 * len(right) // 4]
+    ours = order_statistics.negative_order_statistics(x, labels, ranks, 100)
+    torch.testing.assert_close(torch.stack(ours), right[ranks])
+
+
+def test_order_statistics_look_at_each_pair_once(monkeypatch):
+    """The quartiles of many pairs are found in one pass."""
+    passes = []
+    blocks = order_statistics._blocks
+    monkeypatch.setattr(order_statistics, "_blocks", lambda *args: passes.append(1) or blocks(*args))
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    order_statistics.negative_order_statistics(x, torch.arange(500) // 2, [30000, 90000], 1 << 15)
+    assert len(passes) == 1
 
 
 def test_order_statistics_without_numbers():
     x = torch.tensor([[float("nan")], [1.0], [2.0]])
-    p = make_pairing(x, None, 1.0, None, None, None, None, None, None, None, False).pairing
-    assert order_statistics.negative_order_statistics(p, [0])[0].isnan()
-    nothing = make_pairing(x[:1], None, 1.0, None, None, None, None, None, None, None, False).pairing
+    assert order_statistics.negative_order_statistics(x, torch.arange(3), [0])[0].isnan()
     with pytest.raises(ValueError, match="no negative"):
-        order_statistics.negative_order_statistics(nothing, [0])
+        order_statistics.negative_order_statistics(x[:1], torch.arange(1), [0])
 
 
 def dense_opis(x, labels, false_accepts, thresholds):

@@ -7,9 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_checks import NEG, agree, agree_in, cosines, leaves
-from fastloss.contrastive import DualTemperatureLoss, dual_temperature_loss, hard_quantile_loss, n_pairs_loss
+from fastloss.contrastive import (
+    DualTemperatureLoss,
+    dual_temperature_loss,
+    hard_quantile_loss,
+    n_pairs_loss,
+    reweighted,
+)
 from fastloss.contrastive.reweighted import TOPK_LIMIT
 
 
@@ -71,11 +78,39 @@ def dense_quantile(q, k, temperature, count):
 
 @pytest.mark.parametrize(("batch", "fraction"), [(2, 0.5), (20, 0.01), (20, 0.25), (20, 1.0), (150, 0.45), (150, 0.9)])
 def test_hard_quantile(batch, fraction):
-    """Both ways of finding the threshold: listed up to 64, counted beyond."""
+    """Both ways of finding the threshold: few listed, many selected."""
     q, k = leaves((batch, 8), (batch, 8))
     count = max(1, math.ceil(fraction * (batch - 1)))
-    assert (count > TOPK_LIMIT) == (batch == 150)
+    assert (count > TOPK_LIMIT) == (batch == 150 or fraction == 1.0)
     agree(hard_quantile_loss(q, k, fraction=fraction, reduction="none"), dense_quantile(q, k, 0.07, count), (q, k))
+
+
+class Sweeps(TorchDispatchMode):
+    """Counts the kernels over all pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace == "fastloss"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_hard_quantile_in_blocks_of_rows(monkeypatch, normalize):
+    q, k = (x.detach() for x in leaves((150, 8), (150, 8)))
+    monkeypatch.setattr(reweighted, "_HELD", 150 * 7)
+    threshold = reweighted.negative_threshold(q, k, 60, normalize)
+    z = (cosines(q, k) if normalize else q @ k.t()).fill_diagonal_(NEG)
+    assert ((z > threshold[:, None]).sum(1) == 60).all()
+
+
+def test_hard_quantile_sweeps_once():
+    q, k = (x.detach() for x in leaves((200, 8), (200, 8)))
+    with Sweeps() as sweeps:
+        hard_quantile_loss(q, k, fraction=0.4)
+    assert sweeps.count == 1
 
 
 def test_hard_quantile_keeps_equal_negatives():

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..losses import catalogue
 from ..pairs import SameId, pair_stats
-from ..pairs.arguments import make_pairing
 from ..pairs.statistics import logaddexp, softplus
 from .arguments import check_labels, check_scale, check_weight, log_sum_exp, unit
 from .order_statistics import negative_order_statistics
@@ -88,9 +87,8 @@ def whiskers(x: Tensor, labels: Tensor, width: float = 1.5) -> tuple[Tensor, Ten
     if pairs == 0:
         infinite = x.new_full((), float("inf"))
         return -infinite, infinite
-    p = make_pairing(x, None, 1.0, None, None, SameId(labels), None, None, None, None, False).pairing
-    each = pairs // 2  # the matrix holds every pair twice, so rank r of the pairs is rank 2 r here
-    first, third = negative_order_statistics(p, [2 * int(0.25 * each), 2 * int(0.75 * each)])
+    each = pairs // 2
+    first, third = negative_order_statistics(x, labels, [int(0.25 * each), int(0.75 * each)])
     spread = width * (third - first)
     return first - spread, third + spread
 
@@ -110,7 +108,7 @@ def unpg_loss(
 
     Args: as in `angular_margin_loss`; width: w of the whiskers. Each pair counts once. Rows that are ignored are in no pair.
     The quartiles are exact order statistics (numbers int(l / 4) and int(3 l / 4) of the l cosines, as published), found in
-    passes over blocks of the matrix, and have no gradient; they read sizes from the device.
+    a pass over blocks of the matrix, and have no gradient; they read sizes from the device.
 
     Raises as `angular_margin_loss`. Memory: O(B + C) and one block of similarities.
     Source: Unified Negative Pair Generation toward Well-discriminative Feature Space for Face Recognition.

@@ -99,8 +99,9 @@ def operating_point_inconsistency(
         raise ValueError(f"a batch needs positive and negative pairs, got classes of sizes {sizes.tolist()[:8]}")
     unit = torch.nn.functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
     p = make_pairing(unit, None, 1.0, None, SameId(index), None, None, None, None, None, False).pairing
-    ranks = [negatives - 1 - math.floor(share * (negatives - 1)) for share in false_accepts]
-    nearest, farthest = ((2 - 2 * z).clamp(min=0).sqrt() for z in negative_order_statistics(p, ranks))
+    # Each pair once in the order statistics, twice in the matrix.
+    ranks = [(negatives - 1 - math.floor(share * (negatives - 1))) // 2 for share in false_accepts]
+    nearest, farthest = ((2 - 2 * z).clamp(min=0).sqrt() for z in negative_order_statistics(unit, index, ranks))
     steps = torch.linspace(0, 1, thresholds, dtype=torch.float64, device=x.device)
     distances = nearest.double() + (farthest - nearest).double() * steps
     accepted = [torch.zeros(len(classes), thresholds, dtype=torch.float64, device=x.device) for _ in range(2)]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import torch
 from torch import Tensor
 
 from ..losses import catalogue
-from ..pairs import Diagonal, pair_map, pair_nll, pair_stats, row_topk
+from ..pairs import Diagonal, pair_nll, pair_stats, row_topk
 from ..pairs.arguments import Temperature, number
+from ..pairs.scores import product
 from ..pairs.statistics import INF
+from .arguments import unit as wide_unit
 from .dots import check_pair, finite_softplus, scale_of
 from .loss_module import LossModule
 from .ntxent import view_stats
@@ -117,30 +120,42 @@ def dual_temperature_loss(
     return reduce(torch.where(some, slope * (ratio + (x - fixed)), 0.0), reduction)
 
 
-#: Beyond so many, `row_topk` would hold as much as a part of the matrix: the threshold is found by counting instead.
-TOPK_LIMIT = 64
+#: Up to so many `row_topk` lists them; more are selected from a block of rows at a time.
+TOPK_LIMIT = 16
+
+#: Similarities that are held at a time.
+_HELD = 1 << 20
+
+
+def _selected(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The numbers `count` and `count + 1` of each row of z in falling order; count < columns."""
+    if z.device.type == "cpu":  # several times as fast as topk, which sorts what it finds
+        parts = torch.from_numpy(numpy.partition(z.numpy(), z.shape[1] - count - 1, axis=1))
+        return parts[:, -count:].amin(1), parts[:, -count - 1]
+    best = z.topk(count + 1, dim=1).values
+    return best[:, count - 1], best[:, count]
+
+
+def _hardest(q: Tensor, k: Tensor, count: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest similarity of each row to a negative, and those numbered `count` and `count + 1`."""
+    if count <= TOPK_LIMIT:
+        best = row_topk(q, k, count + 1, normalize=normalize).values
+        return best[:, 0], best[:, count - 1], best[:, count]
+    queries, keys = wide_unit(q, normalize), wide_unit(k, normalize)
+    found = []
+    for start, part in zip(range(0, len(q), step := max(1, _HELD // len(k))), queries.split(step), strict=True):
+        z = product(part, keys.t())
+        z.diagonal(start).fill_(-INF)
+        found.append(torch.stack((z.amax(1), *_selected(z, count))))
+    largest, edge, below = torch.cat(found, 1)
+    return largest, edge, below
 
 
 @torch.no_grad()
 def negative_threshold(q: Tensor, k: Tensor, count: int, normalize: bool) -> Tensor:
-    """[B]: a similarity that exactly `count` negatives of a row exceed (more only among equal ones).
-
-    Few are listed by `row_topk`; many are counted, in sweeps that halve the interval until it is rounding.
-    """
-    if count <= TOPK_LIMIT:
-        best = row_topk(q, k, count + 1, normalize=normalize).values
-        largest, edge, below = best[:, 0], best[:, count - 1], best[:, count]
-        threshold = torch.where(below == -INF, edge, (edge + below) / 2)
-    else:
-        largest = pair_stats(q, k, normalize=normalize, columns=False).neg_max
-        low = -pair_stats(-q, k, normalize=normalize, columns=False).neg_max
-        high = largest
-        for _ in range(32):
-            middle = (low + high) / 2
-            found = pair_map(q, k, "hinge", neg_threshold=middle, normalize=normalize).neg_active
-            low = torch.where(found >= count, middle, low)
-            high = torch.where(found <= count, middle, high)  # both where it is exact: the interval closes
-        threshold = low
+    """[B]: a similarity that exactly `count` negatives of a row exceed (more only among equal ones); count < B - 1."""
+    largest, edge, below = _hardest(q, k, count, normalize)
+    threshold = torch.where(below == -INF, edge, (edge + below) / 2)
     # The window is compared with numbers that were rounded otherwise: equal similarities shall all be kept.
     return threshold - 8 * torch.finfo(threshold.dtype).eps * torch.maximum(largest.abs(), threshold.abs())
 
@@ -162,7 +177,8 @@ def hard_quantile_loss(
         temperature: tau > 0. fraction: in (0, 1], at least one negative is kept.
         normalize: similarities are cosines. reduction: "mean", "sum" or "none" ([B]).
 
-    The threshold of a row has no gradient. Costs one more sweep for up to 64 negatives a row, 34 more beyond.
+    The threshold of a row has no gradient. It costs one more sweep of the matrix, of which for
+    more than 16 negatives a row a block of 4 MiB is held.
     Raises ValueError and TypeError as `pair_stats`. Source: Understanding the Behaviour of Contrastive Loss.
     """
     check_reduction(reduction)
@@ -211,14 +227,25 @@ def n_pairs_loss(anchors: Tensor, positives: Tensor, *, norm_weight: float = 0.0
 class HCLLoss(LossModule):
     """`hcl_loss` as a module."""
 
-    def __init__(self, temperature: float = 0.5, *, beta: float = 1.0, tau_plus: float = 0.1) -> None:
+    def __init__(
+        self, temperature: float = 0.5, *, beta: float = 1.0, tau_plus: float = 0.1, normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:  # fmt: skip
         scale_of(temperature)
-        super().__init__(hcl_loss, temperature=temperature, beta=beta, tau_plus=tau_plus)
+        check_reduction(reduction)
+        super().__init__(
+            hcl_loss, temperature=temperature, beta=beta, tau_plus=tau_plus, normalize=normalize, reduction=reduction
+        )
 
 
 class DualTemperatureLoss(LossModule):
     """`dual_temperature_loss` as a module."""
 
-    def __init__(self, temperature: float = 0.1, *, dt_m: float = 10.0) -> None:
+    def __init__(
+        self, temperature: float = 0.1, *, dt_m: float = 10.0, normalize: bool = True, reduction: str = "mean"
+    ) -> None:
         scale_of(temperature)
-        super().__init__(dual_temperature_loss, temperature=temperature, dt_m=dt_m)
+        check_reduction(reduction)
+        super().__init__(
+            dual_temperature_loss, temperature=temperature, dt_m=dt_m, normalize=normalize, reduction=reduction
+        )
