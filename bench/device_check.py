@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command of less than ten minutes: `make device-check`, or
 
-    python3 bench/device_check.py [--dry-run] [--only build,tests,sanitizer,kernels] [--minutes 9.3]
+    python3 bench/device_check.py [--dry-run] [--only build,tests,pairs,sanitizer,kernels] [--minutes 9.3]
 
 Needs the system's Python with torch and triton, and downloads nothing; a missing package may lie as a wheel under .whl/.
 Builds the extension in place for this GPU, runs the tests marked `gpu`, compute-sanitizer over every kernel, and the
@@ -30,7 +30,7 @@ from device_report import kernel_lines, problems, table
 BENCH = ROOT / "bench"
 SITE, CARRIED, LOGS = (ROOT / "build" / name for name in ("site", "carried", "sanitizer"))
 #: Seconds each stage may take; what one leaves over goes to the benchmarks, which come last.
-BUDGET = {"build": 130, "tests": 160, "sanitizer": 110, "kernels": 150}
+BUDGET = {"build": 125, "tests": 130, "pairs": 90, "sanitizer": 95, "kernels": 110}
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -131,17 +131,25 @@ def build(session: Session, limit: float) -> Stage:
     return Stage("ok", note=tail(info, 3))
 
 
-def tests(session: Session, limit: float) -> Stage:
+def run_tests(session: Session, limit: float, log: str, *files: str) -> Stage:
+    """These files alone: the others need packages that a bare GPU image lacks."""
     use_tree(session)
-    # One file: the others need packages that a bare GPU image lacks.
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-p", "no:cacheprovider", "--durations=5"]
-    status, text = session.run(command, "tests.log", limit, FASTLOSS_GPU_STRICT="1")
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-p", "no:cacheprovider", "--durations=5"]
+    status, text = session.run(command, log, limit, FASTLOSS_GPU_STRICT="1")
     counts = r"\d+ (passed|failed|skipped|error|deselected)"
     summary = next((line.strip("= ") for line in reversed(text.splitlines()) if re.search(counts, line)), tail(text, 2))
     if status is None:
         return Stage("cut", note=summary)
     # what was skipped was not checked: a GPU or a backend was not there
     return Stage("ok" if status == 0 and "skipped" not in summary else "failed", note=summary)
+
+
+def tests(session: Session, limit: float) -> Stage:
+    return run_tests(session, limit, "tests.log", "tests/test_gpu.py", "tests/test_gpu_pointwise.py")
+
+
+def pairs(session: Session, limit: float) -> Stage:
+    return run_tests(session, limit, "pairs.log", "tests/test_gpu_pairs.py")
 
 
 def sanitizer(session: Session, limit: float) -> Stage:
@@ -219,7 +227,7 @@ def kernels(session: Session, limit: float) -> Stage:
 
 
 STAGES: dict[str, Callable[[Session, float], Stage]] = {
-    "build": build, "tests": tests, "sanitizer": sanitizer, "kernels": kernels,
+    "build": build, "tests": tests, "pairs": pairs, "sanitizer": sanitizer, "kernels": kernels,
 }  # fmt: skip
 
 

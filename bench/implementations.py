@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,18 +39,8 @@ class Case:
         return next(name for name in self.calls if name.startswith("fastloss"))
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Name the backend by the environment: the autograd threads of a GPU do not see the caller's context variables."""
-    before = os.environ.get("FASTLOSS_BACKEND")
-    os.environ["FASTLOSS_BACKEND"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FASTLOSS_BACKEND"]
-        else:
-            os.environ["FASTLOSS_BACKEND"] = before
+#: Holds for the whole process: the backward of CUDA tensors runs on autograd's own threads.
+backend = fastloss.use_backend
 
 
 def on_backend(name: str, call: Call) -> Call:

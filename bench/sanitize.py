@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 import fastloss
-from fastloss.contract import Want
+from fastloss.contract import PairNeeds, PairWant, Want
+from fastloss.pairs.pairing import Pairing
 from implementations import backend
 
 ops = torch.ops.fastloss
 ROWS = [(1, 1), (5, 77), (3, 4099), (2, 40001)]
 HEADS = [(1, 8, 1), (5, 24, 77), (130, 64, 300)]
+PAIRS = [(1, 1, 8), (5, 77, 24), (130, 70, 65)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EVERYTHING = int(Want.ENTROPY | Want.SUM | Want.SUMSQ | Want.TEMPERED | Want.ARGMAX)
 
@@ -66,6 +68,50 @@ def heads(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> int:
     return calls
 
 
+def pairings(m: int, n: int, d: int, dtype: torch.dtype, device: str) -> list[Pairing]:
+    """Pairs by a diagonal alone; by ids, windows and valid rows; by bits and a guide. q is off any 16-byte boundary."""
+    q, k = torch.randn(m, d + 3, device=device).to(dtype)[:, 1 : d + 1], torch.randn(n, d, device=device).to(dtype)
+    scale = torch.rand(m, device=device) + 0.5
+
+    def ids(size: int) -> Tensor:
+        return torch.randint(0, 3, (size,), device=device, dtype=torch.int32)
+
+    labels = dict(positive_rows=ids(m), positive_columns=ids(n), excluded_rows=ids(m), excluded_columns=ids(n))
+    valid = {name: (ids(size) > 0).to(torch.uint8) for name, size in (("row_valid", m), ("column_valid", n))}
+    bits = torch.randint(-(2**31), 2**31 - 1, (m, -(-n // 32)), device=device).to(torch.int32)
+    guide = dict(guide_q=q[:, :5].contiguous(), guide_k=k[:, :5].contiguous(), guide_limit=torch.rand(m, device=device))
+    return [
+        Pairing(q, k, scale, positive_diagonals=(0,), excluded_diagonals=(1,), **valid),
+        Pairing(q, k, scale, torch.rand(n, device=device) + 0.5, low=-scale, high=scale, **labels, **valid),
+        Pairing(q, k, scale, positive_rows=bits, **guide),
+    ]
+
+
+def pairs(m: int, n: int, d: int, dtype: torch.dtype, device: str, gemms: bool) -> int:
+    """Forwards, and where a library's GEMM may be called, backwards; a backend that lacks an op is passed over."""
+    row_grad, column_grad, map_grad = (torch.rand(*s, device=device) for s in ((9, m), (7, n), (8, m)))
+    needs = int(PairNeeds.Q | PairNeeds.K | PairNeeds.ROW_SCALE | PairNeeds.COLUMN_SCALE)
+    calls = 0
+    for p, want in itertools.product(pairings(m, n, d, dtype, device), (1, int(sum(PairWant)))):
+        if not fastloss.registry.able("pair_stats", *p):
+            break
+        extra = (row_grad[0], row_grad[1], want, 2.0, 0) if want > 1 else (None, None, want, 1.0, 0)
+        tables = ops.pair_stats(*p, *extra)
+        ops.pair_map(*p, None, row_grad[2], 0)
+        ops.row_topk(*p, 3, 3)
+        calls += 3
+        if gemms:
+            ops.pair_stats_backward(row_grad, column_grad, *tables, *p, *extra, needs)
+            ops.pair_map_backward(map_grad, *p, None, row_grad[2], 0, needs)
+            calls += 2
+    q, k = torch.randn(m, d, device=device).to(dtype), torch.randn(n, d + 3, device=device).to(dtype)[:, 1 : d + 1]
+    rows, columns = (torch.randint(0, size, (99,), device=device) for size in (m, n))
+    rows = rows.sort().values
+    ops.edge_dot(q, k, rows, columns)
+    ops.edge_sum(k, row_grad.new_ones(99), torch.searchsorted(rows, torch.arange(m + 1, device=device)), columns)
+    return calls + 2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows-only", action="store_true", help="leave out what calls a library's GEMM")
@@ -80,6 +126,7 @@ def main() -> None:
             calls += sum(rows(*shape, dtype, options.device) for shape in ROWS)
             if not options.rows_only:
                 calls += sum(heads(*shape, dtype, options.device) for shape in HEADS)
+            calls += sum(pairs(*shape, dtype, options.device, not options.rows_only) for shape in PAIRS)
     if options.device == "cuda":
         torch.cuda.synchronize()
     print(f"sanitize: {calls} calls done")

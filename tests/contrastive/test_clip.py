@@ -51,3 +51,17 @@ def test_shapes_are_checked():
 def test_a_number_as_scale_is_not_rounded():
     q, k = (torch.randn(5, 3, dtype=torch.float64) for _ in range(2))
     torch.testing.assert_close(clip_loss(q, k, 0.1), dense(q, k, 0.1), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_scale_of_each_row(label_smoothing):
+    torch.manual_seed(0)
+    q, k = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale = (torch.rand(7, dtype=torch.float64) * 9 + 1).requires_grad_()
+    ours = clip_loss(q, k, scale, label_smoothing=label_smoothing)
+    theirs = dense(q, k, scale[:, None], label_smoothing=label_smoothing)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for mine, right in zip(
+        torch.autograd.grad(ours, (q, k, scale)), torch.autograd.grad(theirs, (q, k, scale)), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)

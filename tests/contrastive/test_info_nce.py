@@ -284,6 +284,18 @@ def test_bad_input():
         ({"shared_valid": torch.ones(3, dtype=torch.bool)}, "shared_valid was given"),
         ({"guide": told, "negatives": negatives}, "guide has no negatives"),
         ({"guide": told, "shared": shared}, "guide has no shared"),
+        *(
+            (
+                {"guide": GuideEmbeddings(q, k, n), "negatives": negatives, "share_negatives": share},
+                "guide's negatives must",
+            )
+            for n in (negatives[:, :1], negatives[:1], negatives[..., :3], negatives[0])
+            for share in (True, False)
+        ),
+        ({"guide": GuideEmbeddings(q, k, None, shared[:1]), "shared": shared}, "guide's shared must have"),
+        ({"guide": GuideEmbeddings(q[:1], k[:1])}, "guide's q and k must be"),
+        ({"guide": GuideEmbeddings(q, k[:, :3])}, "guide's q and k must be"),
+        ({"own_margin": float("nan")}, "own_margin must be finite, got nan"),
         ({"label_smoothing": 0.1, "own_margin": 0.1}, "label_smoothing takes"),
         ({"label_smoothing": 1.1}, "label_smoothing must be"),
         ({"focal_gamma": -1.0}, "focal_gamma must be"),
@@ -295,3 +307,30 @@ def test_bad_input():
         info_nce(q, k, query_ids=torch.randn(4))
     with pytest.raises(ValueError, match="strategy"):
         GuideEmbeddings(q, k, strategy="both")
+    with pytest.raises(ValueError, match="margin must be finite, got nan"):
+        GuideEmbeddings(q, k, margin=float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_copies_of_the_positive_are_kept(dtype, normalize):
+    """All positives are one text to the guide, or to the model: nothing is above a margin of 0, whatever rounding says."""
+    q, k, told, negatives = torch.randn(40, 33), torch.randn(40, 33), torch.randn(40, 33), torch.randn(40, 2, 33)
+    q, k, told, negatives = (x.to(dtype) for x in (q, k, told, negatives))
+    guide = GuideEmbeddings(told, told[:1].expand(40, 33), told[:1].expand(80, 33).view(40, 2, 33))
+    given = {"negatives": negatives, "directions": ("q_to_k",), "normalize": normalize}
+    plain = info_nce(q, k, 2.0, **given)
+    torch.testing.assert_close(info_nce(q, k, 2.0, guide=guide, **given), plain, rtol=1e-6, atol=0)
+    k, negatives = k[:1].expand(40, 33), k[:1].expand(80, 33).view(40, 2, 33)
+    for share in (True, False):
+        given = {"negatives": negatives, "share_negatives": share, "normalize": normalize}
+        plain = info_nce(q, k, 2.0, **given)
+        torch.testing.assert_close(info_nce(q, k, 2.0, own_margin=0.0, **given), plain, rtol=1e-6, atol=0)
+
+
+def test_a_bfloat16_guide_is_normalised_in_float32():
+    q, k = torch.randn(2, 60, 16)
+    told = [torch.randn(60, 8).bfloat16() for _ in range(2)]
+    ours = gist_embed_loss(q, k, GuideEmbeddings(*told), 1.0, reduction="none")
+    right = gist_embed_loss(q, k, GuideEmbeddings(*(x.double() for x in told)), 1.0, reduction="none")
+    torch.testing.assert_close(ours, right)

@@ -181,3 +181,21 @@ def test_bad_input(loss):
         loss(q, k, ROWS, COLUMNS + 60)
     with pytest.raises(TypeError, match="integers"):
         loss(q, k, ROWS, COLUMNS.float())
+
+
+def test_soft_topk_is_not_differentiated_twice():
+    q, k = leaves((5, 8), (70, 8))
+    once = torch.autograd.grad(soft_topk_loss(q, k, ROWS, COLUMNS, normalize=True), (q, k))
+    kept = torch.autograd.grad(soft_topk_loss(q, k, ROWS, COLUMNS, normalize=True), (q, k), create_graph=True)
+    for a, b in zip(kept, once, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError, match="soft_topk_loss can be differentiated once"):
+        kept[0].square().sum().backward()
+
+    def loss(q):
+        return soft_topk_loss(q, k.detach(), ROWS, COLUMNS, normalize=True)
+
+    torch.testing.assert_close(torch.func.jacfwd(loss)(q.detach()), once[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.func.jacrev(loss)(q.detach()), once[0], rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError, match="soft_topk_loss can be differentiated once"):
+        torch.func.hessian(loss)(q.detach())

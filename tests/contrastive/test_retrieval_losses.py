@@ -80,8 +80,23 @@ def test_ar2_far_apart():
     assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean_valid", "mean", "sum", "none"])
+@pytest.mark.parametrize("where", ["relevant", "other", "padding"])
+def test_blockrank_of_nan(where, reduction):
+    scores = torch.randn(3, 4)
+    relevant = torch.tensor([[True, False, False, False]]).expand(3, 4)
+    valid = torch.tensor([[True, True, True, False]]).expand(3, 4)
+    scores[1, {"relevant": 0, "other": 1, "padding": 3}[where]] = float("nan")
+    loss = blockrank_loss(scores, relevant, valid, reduction=reduction)
+    assert bool(loss.isnan().any()) == (where != "padding")
+    assert reduction != "none" or loss.isfinite()[[0, 2]].all()
+
+
 def test_bad_input():
     scores, relevant, valid = problem()
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"scale must be finite and > 0, got {scale}"):
+            blockrank_loss(scores, relevant, scale=scale)
     with pytest.raises(ValueError, match="relevant must have shape"):
         blockrank_loss(scores, relevant[:, :4])
     with pytest.raises(TypeError, match=r"valid must be torch\.bool"):

@@ -118,3 +118,26 @@ def test_bad_input():
         soft_clip_loss(q, k[:2])
     with pytest.raises(ValueError, match="two views"):
         swalip_loss((q,), (k, k), 1.0)
+
+
+SCALED = {
+    "distill": lambda q, k, s: distill_clip_loss(q, k, q, k, s, 1.0),
+    "distill, teacher": lambda q, k, s: distill_clip_loss(q, k, q, k, 1.0, s),
+    "soft_clip": soft_clip_loss,
+    "swalip": lambda q, k, s: swalip_loss((q, q), (k, k), s),
+    "swalip, epsilon": lambda q, k, s: swalip_loss((q, q), (k, k), 1.0, epsilon=s),
+}
+
+
+@pytest.mark.parametrize("loss", SCALED.values(), ids=SCALED.keys())
+def test_a_scale_is_one_positive_number(loss):
+    q, k = torch.randn(2, 3, 4)
+    for scale, message in (
+        (torch.ones(3), r"one element, got \[3\]"),
+        (0.0, r"must be finite and > 0, got 0\.0"),
+        (-2.0, r"must be finite and > 0, got -2\.0"),
+        (float("nan"), "must be finite and > 0, got nan"),
+        (torch.tensor(-2.0), r"must be > 0, got -2\.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss(q, k, scale)

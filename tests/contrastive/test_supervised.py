@@ -198,7 +198,7 @@ def test_bad_input():
         (lambda: modular_contrastive_loss(x, x, LABELS, 0.0), "scale must be"),
         (lambda: modular_contrastive_loss(x, x, LABELS, 1.0, negatives=x), "come together"),
         (lambda: modular_contrastive_loss(x, x, LABELS, 1.0, reduction="none"), "not one list"),
-        (lambda: modular_contrastive_loss(x, x, LABELS[:3], 1.0), "ids must have shape"),
+        (lambda: modular_contrastive_loss(x, x, LABELS[:3], 1.0), "owner must have shape"),
         (lambda: ModularContrastiveLoss(200.0), "init_scale must be"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -207,3 +207,16 @@ def test_bad_input():
         supcon_loss(x, torch.randn(10))
     with pytest.raises(IndexError):
         modular_contrastive_loss(x, x, LABELS, 1.0, negatives=x, negative_owner=torch.full((10,), 99))
+
+
+def test_modular_owners_are_checked():
+    audio, texts, owner = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    for wrong in (owner + 1, owner - 1):
+        with pytest.raises(IndexError, match=r"^owner must be in \[0, 3\), got ids from"):
+            modular_contrastive_loss(audio, texts, wrong, 10.0)
+        with pytest.raises(IndexError, match=r"negative_owner must be in \[0, 3\), got ids from"):
+            modular_contrastive_loss(audio, texts, owner, 10.0, negatives=texts, negative_owner=wrong)
+    with pytest.raises(ValueError, match=r"owner must have shape \[5\], got \[4\]"):
+        modular_contrastive_loss(audio, texts, owner[:4], 10.0)
+    with pytest.raises(TypeError, match="owner must be integers"):
+        modular_contrastive_loss(audio, texts, owner.float(), 10.0)

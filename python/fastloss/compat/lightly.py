@@ -176,4 +176,6 @@ class DCLWLoss(DCLLoss):
     """`DCLLoss` weighted by `negative_mises_fisher_weights` of `sigma`. Source: Decoupled Contrastive Learning."""
 
     def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False) -> None:
+        if not 0 < sigma < float("inf"):
+            raise ValueError(f"sigma must be finite and > 0, got {sigma}")
         super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)

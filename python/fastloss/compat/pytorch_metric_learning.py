@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pairs import Diagonal, SameId, pair_map, pair_stats
+from ..pairs.arguments import positive_numbers
 from ..pairs.statistics import softplus
 from .mined_pairs import MinedPairs, segment_logsumexp
 
@@ -133,6 +134,7 @@ class NTXentLoss(_PairLoss):
 
     def __init__(self, temperature: float = 0.07, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        positive_numbers("temperature", temperature)
         if self.reducer is not None and _of_library(self.reducer) not in _PAIR_REDUCERS:
             raise TypeError(
                 f"the reducer of NTXentLoss must be None or one of {', '.join(_PAIR_REDUCERS)}, got {self.reducer!r}"
@@ -178,6 +180,7 @@ class SupConLoss(_PairLoss):
 
     def __init__(self, temperature: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        positive_numbers("temperature", temperature)
         self.temperature = temperature
 
     def _of_rows(

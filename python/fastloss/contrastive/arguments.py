@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pairs.arguments import EPS
+from ..autograd import can_look
+from ..pairs.arguments import EPS, Temperature, positive_numbers
 
 
 def check_same_shape(q: Tensor, k: Tensor) -> None:
@@ -25,10 +26,36 @@ def check_labels(x: Tensor, labels: Tensor, name: str = "labels") -> None:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
 
 
+def check_ids(name: str, ids: Tensor, count: int, length: int) -> None:
+    """Raise unless ids are `length` integers in [0, count); the range raises IndexError, on a CPU."""
+    if ids.shape != (length,):
+        raise ValueError(f"{name} must have shape [{length}], got {list(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if can_look(ids) and ids.numel():
+        low, high = (int(i) for i in ids.aminmax())
+        if low < 0 or high >= count:
+            raise IndexError(f"{name} must be in [0, {count}), got ids from {low} to {high}")
+
+
 def check_weight(name: str, value: float) -> None:
     """Raise ValueError for a weight, margin or penalty that is negative or not finite."""
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def check_share(share: Tensor) -> None:
+    """Raise ValueError for shares that are not in [0, 1], on a CPU."""
+    if can_look(share) and share.numel() and not bool(((share >= 0) & (share <= 1)).all()):
+        low, high = (float(x) for x in share.detach().aminmax())
+        raise ValueError(f"share must be in [0, 1], got numbers from {low} to {high}")
+
+
+def check_scale(name: str, scale: Temperature) -> None:
+    """Raise ValueError for what is not one positive number (seen on a CPU)."""
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(f"{name} must be a number or one element, got {list(scale.shape)}")
+    positive_numbers(name, scale)
 
 
 def wide(x: Tensor) -> Tensor:

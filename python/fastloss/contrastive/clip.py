@@ -27,7 +27,8 @@ def clip_loss(
 
     Args:
         q, k: embeddings [B, D], as they are (open_clip's rule) or divided by their norms (`normalize`).
-        scale: s = 1 / temperature > 0, a number or a trained tensor.
+        scale: s = 1 / temperature > 0, a number or a trained tensor; one a row of q [B] scales z_ij = s_i <q_i, k_j>, in both
+            directions.
         label_smoothing: share of the target that is spread over all columns alike, as in cross_entropy.
         reduction: "mean", "sum" or "none" ([B]).
 
@@ -51,12 +52,13 @@ def clip_loss(
 
 
 def mean_logits(q: Tensor, k: Tensor, scale: Temperature, normalize: bool) -> tuple[Tensor, Tensor]:
-    """(mean over j, mean over i) of s <q_i, k_j>: s <q_i, mean k>, which needs no matrix."""
+    """(mean over j, mean over i) of s_i <q_i, k_j>: <s_i q_i, mean k> and <mean s q, k_j>, which need no matrix."""
     if normalize:
         q, k = nn.functional.normalize(q, dim=1), nn.functional.normalize(k, dim=1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(dtype), k.to(dtype)
-    return scale * (q @ k.mean(0)), scale * (k @ q.mean(0))
+    q = (scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale) * q
+    return q @ k.mean(0), k @ q.mean(0)
 
 
 class ClipLoss(nn.Module):

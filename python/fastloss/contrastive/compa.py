@@ -11,6 +11,7 @@ from ..losses import catalogue
 from ..pairs import SameId, pair_stats
 from ..pairs.arguments import Temperature
 from ..pairs.statistics import logaddexp
+from .arguments import check_ids
 from .dots import edge_similarity, finite_softplus, segment_lse
 from .reduction import check_reduction, reduce
 
@@ -49,6 +50,9 @@ def modular_contrastive_loss(
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ValueError(f"scale must be a number or one element, got {list(scale.shape)}")
     b = audio.shape[0]
+    check_ids("owner", owner, b, positives.shape[0])
+    if negatives is not None and negative_owner is not None:
+        check_ids("negative_owner", negative_owner, b, negatives.shape[0])
     rows = torch.arange(b, device=audio.device)
     stats = pair_stats(audio, positives, scale=scale, positive=SameId(rows, owner), normalize=normalize)
     values = stats.nll

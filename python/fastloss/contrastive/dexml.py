@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
+from ..autograd import can_look
 from ..contract import PairFunction, PairMapStat
 from ..losses import catalogue
 from ..pairs import autograd, pair_stats
@@ -69,10 +72,72 @@ def decoupled_softmax_loss(
     return _mean_over_positives(values, rows, m, weight, chosen, reduction)
 
 
+def _check_top(top: float | Tensor, m: int, n: int) -> None:
+    """Raise for what is not a number of labels, or one a row; their range is seen on a CPU."""
+    if isinstance(top, bool) or not isinstance(top, (int, float, Tensor)):
+        raise TypeError(f"top must be a number or a tensor, got {top!r}")
+    least = most = top
+    if isinstance(top, Tensor):
+        if top.is_complex() or top.dtype == torch.bool:
+            raise TypeError(f"top must be a number or a tensor of numbers, got {top.dtype}")
+        if top.numel() != 1 and top.shape != (m,):
+            raise ValueError(f"top must be a number, or a tensor [] or [{m}]; got {list(top.shape)}")
+        if not can_look(top) or not top.numel():
+            return
+        least, most = (x.item() for x in top.detach().aminmax())
+    if not (least > 0 and most < n):
+        raise ValueError(
+            f"top must be above 0 and below {n}, the number of labels, got {least if not least > 0 else most}"
+        )
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient that cannot be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "soft_topk_loss can be differentiated once: its threshold has no second derivative, so the gradient that was "
+            "computed with create_graph=True cannot be differentiated again"
+        )
+
+    jvp = backward
+
+
+class _Once(torch.autograd.Function):
+    """The threshold itself, whose gradient `_Refused` hands on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(threshold: Tensor) -> Tensor:
+        return threshold.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return cast(Tensor, _Refused.apply(grad))
+
+    jvp = backward
+
+
 def soft_topk_threshold(
-    q: Tensor, k: Tensor, top: int | Tensor, scale: Temperature, normalize: bool, iterations: int = 24
+    q: Tensor, k: Tensor, top: float | Tensor, scale: Temperature, normalize: bool, iterations: int = 24
 ) -> Tensor:
-    """t [M] with sum_j sigmoid(z_ij + t_i) = top, differentiable.
+    """t [M] with sum_j sigmoid(z_ij + t_i) = top, differentiable once.
 
     Bisection over sums of sigmoids, no gradient, nothing kept; two Newton steps to full precision, the second of which is made of
     differentiable sums: its derivative is that of the implicit function, dt / dz_j = -sigmoid'_j / sum sigmoid'.
@@ -101,7 +166,7 @@ def soft_topk_threshold(
     total, slope = sums(found)
     safe = slope.clamp_min(torch.finfo(slope.dtype).tiny)
     flat = slope <= torch.finfo(slope.dtype).tiny  # every sigmoid is 0 or 1: the threshold does not move
-    return found + torch.where(flat, 0.0, (target - total) / safe)
+    return cast(Tensor, _Once.apply(found + torch.where(flat, 0.0, (target - total) / safe)))
 
 
 @catalogue.entry(
@@ -111,7 +176,7 @@ def soft_topk_threshold(
     published="K 5, alpha 2, s = cosine / 0.05",
 )
 def soft_topk_loss(
-    q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, temperature: Temperature = 0.05, *, top: int | Tensor = 5,
+    q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, temperature: Temperature = 0.05, *, top: float | Tensor = 5,
     alpha: float = 2.0, weight: Tensor | None = None, normalize: bool = False, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """Soft top-k: every positive shall be among the K best labels of its row.
@@ -121,10 +186,11 @@ def soft_topk_loss(
 
     Args:
         q: [M, D]; k: [N, D]; rows, columns: [E], the positives, an edge each.
-        temperature: tau > 0. top: K in 1..N - 1, a number or [M]. alpha: > 0.
+        temperature: tau > 0. top: 0 < K < N, a number or [M]. alpha: > 0.
         weight, normalize, reduction: as `decoupled_softmax_loss`.
 
-    Costs 29 sweeps over the pairs and one in the backward. Raises as `decoupled_softmax_loss`.
+    Costs 29 sweeps over the pairs and one in the backward. Raises as `decoupled_softmax_loss`, and RuntimeError where its
+    gradient is differentiated again (the threshold's derivative is that of one Newton step, right to the first order alone).
     Source: Dual-Encoders for Extreme Multi-Label Classification.
     """
     check_reduction(reduction)
@@ -132,8 +198,7 @@ def soft_topk_loss(
     scale = scale_of(temperature)
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ValueError(f"temperature must be a number or one element, got {list(scale.shape)}")
-    if isinstance(top, int) and not 0 < top < k.shape[0]:
-        raise ValueError(f"top must be in 1..{k.shape[0] - 1} for {k.shape[0]} labels, got {top}")
+    _check_top(top, q.shape[0], k.shape[0])
     scale = scale / scale_of(alpha, "alpha")
     z = scale * edge_similarity(q, k, rows, columns, normalize)
     threshold = soft_topk_threshold(q, k, top, scale, normalize)
@@ -152,6 +217,8 @@ class DecoupledSoftmaxLoss(LossModule):
 class SoftTopKLoss(LossModule):
     """`soft_topk_loss` as a module: called with q, k, rows, columns."""
 
-    def __init__(self, temperature: float = 0.05, *, top: int = 5, alpha: float = 2.0, normalize: bool = False) -> None:
+    def __init__(
+        self, temperature: float = 0.05, *, top: float = 5, alpha: float = 2.0, normalize: bool = False
+    ) -> None:
         scale_of(temperature)
         super().__init__(soft_topk_loss, temperature=temperature, top=top, alpha=alpha, normalize=normalize)

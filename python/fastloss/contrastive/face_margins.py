@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..losses import catalogue
 from ..pairs import SameId, pair_stats
 from ..pairs.statistics import logaddexp, softplus
-from .arguments import check_labels, check_weight, log_sum_exp, unit
+from .arguments import check_labels, check_scale, check_weight, log_sum_exp, unit
 from .order_statistics import negative_order_statistics
 from .reduction import check_reduction, reduce
 
@@ -139,6 +139,9 @@ class AngularMarginLoss(nn.Module):
         unpg: bool = False, width: float = 1.5,
     ) -> None:  # fmt: skip
         super().__init__()
+        check_scale("scale", scale)
+        check_weight("margin", margin)
+        check_weight("width", width)
         _with_margin(torch.zeros(()), margin, kind)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         nn.init.xavier_uniform_(self.weight)

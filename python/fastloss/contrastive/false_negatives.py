@@ -1,7 +1,12 @@
-"""Which in-batch negatives are false: those too similar to the query by the model's own score, or by a guide's."""
+"""Which in-batch negatives are false: those too similar to the query by the model's own score, or by a guide's.
+
+A similarity counts as above a limit from 8 units of rounding on: exact copies of the positive are at the limit of a margin of 0,
+and are kept, as in sentence-transformers.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..pairs import Guide
-from .dots import own_similarity, private_similarity, unit
+from .arguments import unit, wide
+from .dots import own_similarity, private_similarity
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class GuideEmbeddings:
     def __post_init__(self) -> None:
         if self.strategy not in ("absolute", "relative"):
             raise ValueError(f"strategy must be absolute or relative, got {self.strategy!r}")
+        if not math.isfinite(self.margin):
+            raise ValueError(f"margin must be finite, got {self.margin}")
 
 
 class Limits(NamedTuple):
@@ -64,19 +72,36 @@ class Limits(NamedTuple):
         return keep
 
 
-def limits(positive: Tensor, own_margin: float | None, guide: GuideEmbeddings | None, normalize: bool) -> Limits:
-    """The thresholds from the similarity [B] of each row with its positive."""
-    own = None if own_margin is None else positive.detach() + own_margin
+def _slack(q: Tensor, k: Tensor, normalize: bool) -> Tensor:
+    """What rounding may add to the similarity of q_i with a copy of k_i, [B]."""
+    q, k = wide(q), wide(k)
+    norms = torch.ones_like(q[:, 0]) if normalize else q.norm(dim=1) * k.norm(dim=1)
+    return 8 * torch.finfo(q.dtype).eps * norms
+
+
+@torch.no_grad()
+def limits(
+    q: Tensor, k: Tensor, positive: Tensor, own_margin: float | None, guide: GuideEmbeddings | None, normalize: bool
+) -> Limits:
+    """The thresholds of rows q, k [B, D] from the similarity [B] of each row with its positive."""
+    own = None
+    if own_margin is not None:
+        if not math.isfinite(own_margin):
+            raise ValueError(f"own_margin must be finite, got {own_margin}")
+        own = positive + own_margin + _slack(q, k, normalize)
     if guide is None:
         return Limits(own, None, None)
 
-    def prepared(x: Tensor | None) -> Tensor | None:
-        return None if x is None else unit(x.detach()) if normalize else x.detach()
+    def prepared(x: Tensor) -> Tensor:
+        return unit(x) if normalize else x
 
-    q, k = unit(guide.q.detach()), unit(guide.k.detach())
-    if not normalize:
-        q, k = guide.q.detach(), guide.k.detach()
-    level = own_similarity(q, k, False)
-    slack = guide.margin * (level.abs() if guide.strategy == "relative" else torch.ones_like(level))
-    ready = GuideEmbeddings(q, k, prepared(guide.negatives), prepared(guide.shared), guide.margin, guide.strategy)
-    return Limits(own, ready, level - slack)
+    if guide.q.dim() != 2 or guide.q.shape != guide.k.shape or guide.q.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"the guide's q and k must be [{q.shape[0]}, E], got {list(guide.q.shape)} and {list(guide.k.shape)}"
+        )
+    guide_q, guide_k = prepared(guide.q), prepared(guide.k)
+    negatives, shared = (None if x is None else prepared(x) for x in (guide.negatives, guide.shared))
+    level = own_similarity(guide_q, guide_k, False)
+    margin = guide.margin * (level.abs() if guide.strategy == "relative" else 1.0)
+    ready = GuideEmbeddings(guide_q, guide_k, negatives, shared, guide.margin, guide.strategy)
+    return Limits(own, ready, level - margin + _slack(guide_q, guide_k, normalize))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..losses import catalogue
 from ..pairs import edge_dot
-from .arguments import check_labels, unit, wide
+from .arguments import check_labels, check_scale, unit, wide
 
 
 @catalogue.entry(
@@ -27,12 +27,15 @@ def pamc_loss(
     Args:
         z: node embeddings [B, D]. rows, columns, weights: the edges of the adjacency A^r, [E] each; (i, i) counts as cosine 0.
         clusters: integers [B] in [0, num_clusters), a fixed assignment, such as q.argmax(1).
-        tau: factor of the cosines.
+        tau: factor of the cosines, > 0. eps: > 0.
 
     Raises ValueError, TypeError, and on a CPU IndexError for ids out of range. Memory: O(B D + E + C^2).
     Source: Efficient block contrastive learning via parameter-free meta-node approximation.
     """
     check_labels(z, clusters, "clusters")
+    check_scale("tau", tau)
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be finite and > 0, got {eps}")
     if weights.shape != rows.shape:
         raise ValueError(f"weights must have shape {list(rows.shape)}, got {list(weights.shape)}")
     if clusters.device.type == "cpu" and clusters.numel():

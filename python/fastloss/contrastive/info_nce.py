@@ -71,6 +71,12 @@ def _check_candidates(c: Candidates) -> None:
             raise ValueError(f"{name} was given, but not the candidates that it describes")
         if ids.shape != tuple(shape):
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(ids.shape)}")
+    guide = c.limits.guide
+    if guide is not None:
+        for name, told, given in (("negatives", guide.negatives, c.negatives), ("shared", guide.shared, c.shared)):
+            shape = None if given is None else (*given.shape[:-1], guide.q.shape[1])
+            if told is not None and shape is not None and told.shape != shape:
+                raise ValueError(f"the guide's {name} must have shape {list(shape)}, got {list(told.shape)}")
     if c.document_ids is None and (c.negative_ids is not None or c.shared_ids is not None):
         raise ValueError("negative_ids and shared_ids are compared with document_ids: pass those too")
 
@@ -127,7 +133,8 @@ def info_nce(
             the row's own hard ones, "hard" to these only, "all" to both. hardness: None for the published 9 and 5.
         query_ids, document_ids [B], negative_ids [B, M], shared_ids [N]: what has the row's query, or the document of its
             positive, is no negative of it. (Hard negatives of another row with the same query neither.)
-        own_margin: a negative is masked where its similarity exceeds s_ii + own_margin (Qwen3-Embedding: 0.1).
+        own_margin: a negative is masked where its similarity exceeds s_ii + own_margin (Qwen3-Embedding: 0.1), by more than
+            rounding: an exact copy of the positive is kept, by a guide too.
         guide: masks by a guide's similarity, `GuideEmbeddings` (GISTEmbed).
         label_smoothing: share of the target spread over all candidates; with q_to_k and k_to_q alone, nothing masked.
         focal_gamma: multiplies by (1 - p_i)^gamma, p_i = e^(-L_i), gradient through both.
@@ -149,7 +156,7 @@ def info_nce(
     in_batch, hard = _strengths(hardness_mode, hardness)
     similarity = own_similarity(q, k, normalize)
     c = Candidates(
-        q, k, scale, normalize, limits(similarity, own_margin, guide, normalize), negatives, share_negatives, shared,
+        q, k, scale, normalize, limits(q, k, similarity, own_margin, guide, normalize), negatives, share_negatives, shared,
         shared_valid, query_ids, document_ids, negative_ids, shared_ids, in_batch, hard,
     )  # fmt: skip
     _check_candidates(c)

@@ -16,6 +16,7 @@ from ..pairs.classes import PairSets
 from ..pairs.engine import DIAGONAL
 from ..pairs.statistics import INF, softplus
 from .arguments import check_same_shape, row_dots
+from .dots import scale_of
 from .loss_module import LossModule
 from .reduction import check_reduction, reduce
 
@@ -24,6 +25,16 @@ _HELD = 1 << 20
 
 #: softplus(x) is x for x above this and 0 below its negative, to all digits of float64.
 _BEND = 40.0
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("query", "pooled"):
+        raise ValueError(f"mode must be 'query' or 'pooled', got {mode!r}")
+
+
+def _check_bins(bins: int) -> None:
+    if not isinstance(bins, int) or bins < 2:
+        raise ValueError(f"bins must be an integer >= 2, got {bins!r}")
 
 
 @catalogue.entry(
@@ -61,6 +72,7 @@ def mw_loss(
     Source: Optimizing What Matters: AUC-Driven Learning for Robust Neural Retrieval.
     """
     check_reduction(reduction)
+    _check_mode(mode)
     if mode == "query":
         if positive is not DIAGONAL:
             raise ValueError("mode 'query' compares with the diagonal; other positives need mode='pooled'")
@@ -70,8 +82,6 @@ def mw_loss(
             q, k, "softplus", neg_threshold=own, scale=scale, excluded=excluded, normalize=normalize
         )  # fmt: skip
         return reduce(pairs.neg / pairs.neg_count.clamp(min=1), reduction, pairs.neg_count > 0)
-    if mode != "pooled":
-        raise ValueError(f"mode must be 'query' or 'pooled', got {mode!r}")
     if reduction != "mean":
         raise ValueError(f"the pooled loss has no rows: reduction must be 'mean', got {reduction!r}")
     return _pooled(q, k, scale, positive, excluded, bins, normalize)
@@ -153,4 +163,7 @@ class MWLoss(LossModule):
     def __init__(
         self, scale: float = 1.0, *, mode: str = "query", bins: int = 2048, normalize: bool = False
     ) -> None:  # fmt: skip
+        scale_of(scale, "scale")
+        _check_mode(mode)
+        _check_bins(bins)
         super().__init__(mw_loss, scale=scale, mode=mode, bins=bins, normalize=normalize)

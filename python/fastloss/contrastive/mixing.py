@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..losses import catalogue
 from ..pairs import edge_dot, pair_stats
-from ..pairs.arguments import Temperature
-from .arguments import check_same_shape, check_weight, unit, wide
+from ..pairs.arguments import Temperature, number
+from .arguments import check_same_shape, check_share, check_weight, unit, wide
 from .loss_module import LossModule
 from .reduction import check_reduction, reduce
 
@@ -56,6 +56,7 @@ def mixup_info_nce_loss(
     for name, x in (("permutation", permutation), ("share", share)):
         if x.shape != (batch,):
             raise ValueError(f"{name} must have shape [{batch}], got {list(x.shape)}")
+    check_share(share)
     q, k = unit(mixed, normalize), unit(k, normalize)
     stats = pair_stats(q, k, scale=scale, positive=None)
     rows = torch.arange(batch, device=q.device)
@@ -100,9 +101,10 @@ def metrix_loss(
     check_same_shape(anchor, positive)
     check_same_shape(anchor, negative)
     anchor, positive, negative = (unit(x, normalize) for x in (anchor, positive, negative))
-    share = torch.as_tensor(share, device=anchor.device, dtype=anchor.dtype)
+    share = number(share, anchor.dtype, anchor.device)
     if share.shape not in ((), anchor.shape[:1]):
         raise ValueError(f"share must be a number or [{anchor.shape[0]}], got {list(share.shape)}")
+    check_share(share)
     if mixed is not None:
         check_same_shape(anchor, mixed)
         mixed = unit(mixed, normalize)

@@ -44,6 +44,8 @@ class Queue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating, got {dtype}")
         self.normalize = normalize
         self.register_buffer("vectors", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
@@ -87,6 +89,11 @@ class Queue(nn.Module):
         return f"{self.size}, {self.vectors.shape[1]}, labels={self.labels is not None}, normalize={self.normalize}"
 
 
+def _check_same_label(same_label: str) -> None:
+    if same_label not in ("positive", "exclude"):
+        raise ValueError(f"same_label must be positive or exclude, got {same_label!r}")
+
+
 @catalogue.entry(
     formula="mean of -log e^(s_i / tau) / (e^(s_i / tau) + sum over the queue of e^(<q_i, n_j> / tau)), s_i = <q_i, k_i>",
     gradient="in q alone: keys and queue are fixed",
@@ -117,8 +124,7 @@ def moco_loss(
     check_reduction(reduction)
     check_pair(q, k)
     scale = scale_of(temperature)
-    if same_label not in ("positive", "exclude"):
-        raise ValueError(f"same_label must be positive or exclude, got {same_label!r}")
+    _check_same_label(same_label)
     if (labels is None) != (queue_labels is None):
         raise ValueError("labels and queue_labels come together")
     same = None if labels is None or queue_labels is None else SameId(labels, queue_labels)
@@ -149,6 +155,7 @@ class MoCoLoss(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         scale_of(temperature)
+        _check_same_label(same_label)
         self.temperature, self.same_label, self.normalize = temperature, same_label, normalize
         self.queue = Queue(size, dim, labels=labels, normalize=normalize)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import catalogue
+from ..pairs.arguments import positive_numbers
 from ..pairs.statistics import softplus
 from .arguments import wide
 from .reduction import check_reduction, reduce
@@ -35,9 +36,11 @@ def blockrank_loss(
 
     Args:
         attention: scores [B, K]; relevant: bool [B, K]; valid: bool [B, K], False for padding.
-        scale: 1 / temperature. reduction: "mean_valid" over rows with a relevant document, "mean", "sum", "none" ([B]).
+        scale: 1 / temperature > 0. reduction: "mean_valid" over rows with a relevant document, "mean", "sum", "none" ([B]).
 
-    Raises ValueError for other shapes, TypeError for masks that are not bool. Dense: K is a list's length.
+    NaN scores that are not padding make the loss NaN.
+    Raises ValueError for other shapes and a scale that is not positive, TypeError for masks that are not bool.
+    Dense: K is a list's length.
     Source: Scalable In-context Ranking with Generative Models.
     """
     check_reduction(reduction)
@@ -48,10 +51,11 @@ def blockrank_loss(
             raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
     if attention.dim() != 2:
         raise ValueError(f"attention must be [B, K], got {list(attention.shape)}")
+    positive_numbers("scale", scale)
     z = scale * wide(attention)
     allowed = torch.ones_like(relevant) if valid is None else valid
     good, bad = _masked_lse(z, relevant & allowed), _masked_lse(z, allowed & ~relevant)
-    some = good > -float("inf")
+    some = good != -float("inf")  # NaN is some: it makes the loss NaN
     return reduce(softplus(torch.where(some, bad - torch.where(some, good, 0.0), 0.0)), reduction, some)
 
 

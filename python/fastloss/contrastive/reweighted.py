@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..losses import catalogue
 from ..pairs import Diagonal, pair_nll, pair_stats, row_topk
-from ..pairs.arguments import Temperature
+from ..pairs.arguments import Temperature, number
 from ..pairs.scores import product
 from ..pairs.statistics import INF
 from .arguments import unit as wide_unit
@@ -76,7 +76,7 @@ def hcl_loss(
     else:
         stats = view_stats(view1, view2, scale, normalize)
         negatives, positives = stats.neg_lse, stats.pos_sum
-    floor = math.log(count) - torch.as_tensor(scale, dtype=negatives.dtype, device=negatives.device)
+    floor = math.log(count) - number(scale, negatives.dtype, negatives.device)
     return reduce(finite_softplus(_debiased(negatives, positives, count, tau_plus, floor) - positives), reduction)
 
 

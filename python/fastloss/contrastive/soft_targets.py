@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..losses import catalogue
 from ..pairs import pair_stats
 from ..pairs.arguments import Temperature
-from .arguments import check_same_shape, check_weight, unit
+from .arguments import check_same_shape, check_scale, unit
 from .attention import attention
 from .loss_module import LossModule
 from .mixing import mixup_info_nce_loss
@@ -47,7 +47,7 @@ def distill_clip_loss(
 
     Args:
         q, k: the student's embeddings [B, D]; teacher_q, teacher_k: [B, E], no gradient.
-        scale, teacher_scale: 1 / temperature of each, a number or a tensor [].
+        scale, teacher_scale: 1 / temperature of each > 0, a number or a tensor of one element.
         normalize: divide all four by their norms. reduction: "mean", "sum", "none" ([B]).
 
     Raises ValueError and TypeError as `pair_stats`. Memory: O(B (D + E)) and some megabytes.
@@ -55,6 +55,8 @@ def distill_clip_loss(
     check_reduction(reduction)
     check_same_shape(q, k)
     check_same_shape(teacher_q, teacher_k)
+    check_scale("scale", scale)
+    check_scale("teacher_scale", teacher_scale)
     if teacher_q.shape[0] != q.shape[0]:
         raise ValueError(f"teacher and student need one batch, got {teacher_q.shape[0]} and {q.shape[0]} rows")
     q, k, tq, tk = (unit(x, normalize) for x in (q, k, teacher_q.detach(), teacher_k.detach()))
@@ -78,7 +80,7 @@ def soft_clip_loss(
     """Predictions q against targets whose similarity with one another is the soft label: t = softmax_j(s <k_i, k_j>).
 
     Args:
-        q, targets: [B, D]. scale: s = 1 / temperature, of both softmaxes.
+        q, targets: [B, D]. scale: s = 1 / temperature > 0, of both softmaxes, a number or a tensor of one element.
         detach: no gradient through the soft labels (through the targets as keys there is one). reduction: as above.
 
     Raises ValueError and TypeError as `pair_stats`. Memory: O(B D) and some megabytes.
@@ -86,6 +88,7 @@ def soft_clip_loss(
     """
     check_reduction(reduction)
     check_same_shape(q, targets)
+    check_scale("scale", scale)
     q, k = unit(q, normalize), unit(targets, normalize)
     teacher = k.detach() if detach else k
     labels_scale = scale.detach() if detach and isinstance(scale, Tensor) else scale
@@ -125,14 +128,16 @@ def swalip_loss(
     """SwALIP: the similarities of two augmented images with two augmented texts predict the balanced assignment of the other two.
 
     Args:
-        q, k: two views each, [B, D]; normalised inside. scale: s of the predictions; epsilon: temperature of the assignments.
+        q, k: two views each, [B, D]; normalised inside. scale: s of the predictions, epsilon: temperature of the
+            assignments; > 0, a number or a tensor of one element.
 
     Returns the mean over the four pairs of views, without the weight 0.2. Raises ValueError and TypeError as `pair_stats`.
     Memory: O(B D) and some megabytes. Source: Improved baselines for vision-language pre-training.
     """
     if len(q) != 2 or len(k) != 2:
         raise ValueError(f"swalip_loss takes two views of each modality, got {len(q)} and {len(k)}")
-    check_weight("epsilon", epsilon)
+    check_scale("scale", scale)
+    check_scale("epsilon", epsilon)
     for x in (*q, *k):
         check_same_shape(q[0], x)
     images, texts = [unit(x) for x in q], [unit(x) for x in k]
@@ -152,6 +157,7 @@ class SoftClipLoss(LossModule):
     def __init__(
         self, scale: float = 8.0, *, detach: bool = True, normalize: bool = True, reduction: str = "mean"
     ) -> None:  # fmt: skip
+        check_scale("scale", scale)
         super().__init__(soft_clip_loss, scale=scale, detach=detach, normalize=normalize, reduction=reduction)
 
 
@@ -166,6 +172,8 @@ class M3CoLLoss(nn.Module):
         super().__init__()
         if not 0 <= mixup_share <= 1:
             raise ValueError(f"mixup_share must be in [0, 1], got {mixup_share}")
+        check_scale("mixup_scale", mixup_scale)
+        check_scale("soft_scale", soft_scale)
         self.mixup_share, self.mixup_scale, self.soft_scale = mixup_share, mixup_scale, soft_scale
 
     def mixes(self, progress: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autograd import can_look
 from ..pairs import PairMask
 
 _SIGN_BIT = torch.iinfo(torch.int32).min
@@ -19,6 +20,8 @@ def check_edges(rows: Tensor, columns: Tensor, weight: Tensor | None = None) -> 
         raise ValueError(f"rows and columns must be [E] both, got {list(rows.shape)} and {list(columns.shape)}")
     if weight is not None and weight.shape != rows.shape:
         raise ValueError(f"weight must be [{rows.shape[0]}], got {list(weight.shape)}")
+    if weight is not None and can_look(weight) and weight.numel() and not bool((weight >= 0).all()):
+        raise ValueError(f"weight must be >= 0, got {float(weight.detach().min())}")
 
 
 def rows_of(pointer: Tensor, edges: int) -> Tensor:

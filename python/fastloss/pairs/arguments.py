@@ -46,9 +46,18 @@ def check_embeddings(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"embeddings must be on one device, got {q.device} and {k.device}")
 
 
+def number(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor on the device. A number is filled in, not copied: a copy would make the host wait for the GPU."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    if isinstance(value, (str, list, tuple)):
+        raise TypeError(f"expected a number or a tensor, got {value!r}")
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def vector(name: str, value: Tensor | float, length: int, q: Tensor, dtype: torch.dtype) -> Tensor:
     """A number or [length] as [length]."""
-    x = value if isinstance(value, Tensor) else torch.as_tensor(value, device=q.device, dtype=dtype)
+    x = value if isinstance(value, Tensor) else number(value, dtype, q.device)
     if x.device != q.device and x.dim():
         raise ValueError(f"{name} is on {x.device}, the embeddings on {q.device}")
     if x.dim() > 1 or (x.dim() == 1 and x.shape[0] not in (1, length)):
@@ -63,6 +72,8 @@ def positive_numbers(name: str, value: Tensor | float) -> None:
             raise TypeError(f"{name} must be floating, got {value.dtype}")
         if can_look(value) and bool((value <= 0).any()):
             raise ValueError(f"{name} must be > 0, got {float(value.detach().min())}")
+    elif value is None or isinstance(value, (str, tuple, list)):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
     elif not 0 < value < INF:
         raise ValueError(f"{name} must be finite and > 0, got {value}")
 
@@ -98,7 +109,9 @@ def make_pairing(
     own = k is None
     k = q if k is None else k
     check_embeddings(q, k)
-    if q.dtype != k.dtype and autocast_dtype(q) == q.dtype:
+    if window is not None and (not isinstance(window, (tuple, list)) or len(window) != 2):
+        raise TypeError(f"window must be (low, high), got {window!r}")
+    if autocast_dtype(q) != autocast_dtype(k):
         raise TypeError(f"embeddings must have one dtype, got {q.dtype} and {k.dtype}")
     (m, n), device = (q.shape[0], k.shape[0]), q.device
     if own:

@@ -24,6 +24,8 @@ class Diagonal:
         for offset in offsets:
             if not isinstance(offset, int):
                 raise TypeError(f"Diagonal takes integers, got {offset!r}")
+            if abs(offset) >= 2**62:
+                raise ValueError(f"Diagonal takes offsets below 2^62, got {offset}")
         object.__setattr__(self, "offsets", offsets or (0,))
 
 
@@ -104,6 +106,9 @@ def _check_length(name: str, ids: Tensor, length: int) -> None:
 
 def members(name: str, sets: PairSets, m: int, n: int, device: torch.device) -> Members:
     """The union of `sets`. Raises ValueError or TypeError for what is no class of an M x N matrix."""
+    if isinstance(sets, (Tensor, str)):
+        said = f"a tensor {list(sets.shape)}: wrap it in PairMask or SameId" if isinstance(sets, Tensor) else repr(sets)
+        raise TypeError(f"{name} must be Diagonal, SameId or PairMask, several of them, or None; got {said}")
     given = () if sets is None else (sets,) if isinstance(sets, (Diagonal, SameId, PairMask)) else tuple(sets)
     rows = columns = None
     diagonals: tuple[int, ...] = ()
@@ -134,5 +139,5 @@ def members(name: str, sets: PairSets, m: int, n: int, device: torch.device) -> 
         if x is not None and x.device != device:
             raise ValueError(f"{name} is on {x.device}, the embeddings on {device}")
     if len(diagonals) > 2:
-        raise ValueError(f"{name} takes two diagonals at most, got {diagonals}")
+        raise ValueError(f"{name} takes two diagonals at most (without k, 0 is one of the excluded), got {diagonals}")
     return Members(rows, columns, diagonals)

@@ -14,6 +14,9 @@ from ..registry import kernel
 from .compiled import CompiledPairing, why_not_pairing
 from .pairing import PAIRING_LENGTH, Pairing
 
+#: Beyond, a power of a second scale leaves float32 where the first does not.
+MOST_SECOND = 100.0
+
 
 def why_not(*args: Any) -> str | None:
     """Why no kernel can take a pair op with these arguments, or None."""
@@ -33,11 +36,30 @@ def _launch(p: CompiledPairing, boost: Tensor | None, margin: Tensor | None, **f
     )  # fmt: skip
 
 
-@kernel("pair_stats", "cpp", why_not)
+def why_not_stats(*args: Any) -> str | None:
+    """Why the kernel cannot take pair_stats with these arguments, or None."""
+    second = args[PAIRING_LENGTH + 3]
+    if second > MOST_SECOND:  # its powers are relative to a whole exponent, half of one away from the maximum
+        return f"takes a second scale up to {MOST_SECOND}, got {second}"
+    return why_not(*args)
+
+
+def _check_rows(m: int, n: int, **given: Tensor | None) -> None:
+    """The kernel reads vectors and tables by the shape of the pairing: shorter ones would be read out of bounds."""
+    shapes: dict[str, tuple[int, ...]] = {"rows": (NUM_PAIR_STATS, m), "row_grad": (NUM_PAIR_STATS, m)}
+    for name, x in given.items():
+        wide = (NUM_PAIR_COLUMN_STATS, n) if name in ("columns", "column_grad") else None
+        shape = wide or shapes.get(name, (m,))
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+
+
+@kernel("pair_stats", "cpp", why_not_stats)
 def pair_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, columns, kept) of docs/design.md."""
     pairing, (boost, margin, want, second, keep) = Pairing(*args[:PAIRING_LENGTH]), args[PAIRING_LENGTH:]
     p, (m, n) = CompiledPairing(pairing), pairing.shape
+    _check_rows(m, n, boost=boost, margin=margin)
     rows = torch.empty(NUM_PAIR_STATS, m, dtype=torch.float32, device="cpu")
     columns = torch.empty(NUM_PAIR_COLUMN_STATS, n if want & PairWant.COLUMNS else 0, dtype=torch.float32, device="cpu")
     kept = kept_memory.empty((keep,), torch.float32)
@@ -65,13 +87,17 @@ def addresses(gradients: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(pointer(g) if g.numel() else 0 for g in gradients)
 
 
-@kernel("pair_stats_backward", "cpp", lambda row_grad, column_grad, rows, columns, kept, *args: why_not(*args))
+@kernel("pair_stats_backward", "cpp", lambda row_grad, column_grad, rows, columns, kept, *args: why_not_stats(*args))
 def pair_stats_backward(
     row_grad: Tensor, column_grad: Tensor, rows: Tensor, columns: Tensor, kept: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, drow_scale, dcolumn_scale)."""
     pairing, (boost, margin, want, second, _keep, needs) = Pairing(*args[:PAIRING_LENGTH]), args[PAIRING_LENGTH:]
-    p = CompiledPairing(pairing)
+    p, (m, n) = CompiledPairing(pairing), pairing.shape
+    n = n if want & PairWant.COLUMNS else 0
+    _check_rows(
+        m, n, boost=boost, margin=margin, rows=rows, row_grad=row_grad, columns=columns, column_grad=column_grad
+    )
     gradients = empty_gradients(pairing, needs)
     if 0 in pairing.shape:
         for gradient in gradients:

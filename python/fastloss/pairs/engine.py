@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..contract import NUM_PAIR_COLUMN_STATS, PairClasses, PairFunction, PairMapStat, PairWant
 from . import autograd
-from .arguments import INF, Temperature, make_pairing, vector
+from .arguments import INF, Temperature, make_pairing, number, vector
 from .batch import batched_pair_stats
 from .classes import Diagonal, Guide, PairSets
 from .pairing import Pairing
@@ -99,7 +99,8 @@ def pair_stats(
         normalize: divide q and k by their norms, inside: s are cosines. A zero vector has cosine 0.
         max_kept_bytes: memory that a CPU kernel may fill with similarities for its backward, None for its own choice.
 
-    Saved for the backward: q, k and a few float32 per row and column. Deterministic on every backend.
+    Saved for the backward: q, k, the classes as they were given, a few float32 per row and column, and on a CPU, for float32 with
+    D >= 512, up to 64 MiB of similarities (`max_kept_bytes`). Deterministic on every backend.
 
     Raises ValueError for shapes that do not match, temperatures that are not positive (seen on a CPU), unknown options;
     TypeError for dtypes that do not match. NaN in an embedding makes every number NaN that it counts for.
@@ -122,14 +123,17 @@ def pair_stats(
         if not 0 < second_scale < INF:
             raise ValueError(f"second_scale must be finite and > 0, got {second_scale}")
         want |= PairWant.SECOND
-    added = None if bias is None else torch.as_tensor(bias, dtype=made.pairing.statistic_dtype, device=q.device)
+    added = None if bias is None else number(bias, made.pairing.statistic_dtype, q.device)
+    if added is not None and added.numel() != 1:
+        raise ValueError(f"bias must be one number, got {list(added.shape)}")
+    added = None if added is None else added.reshape(())
+    keep = _kept(made.pairing, max_kept_bytes)
     if k is None and not want and is_symmetric(made, scale, positive, excluded):
         table = self_stats(made)
         side = PairStats(table[:NUM_PAIR_COLUMN_STATS], added) if columns else None
         return PairStats(table, added, column_stats=side)
     if columns:
         want |= PairWant.COLUMNS
-    keep = _kept(made.pairing, max_kept_bytes)
     rows, column_table = autograd.pair_stats(made.pairing, made.boost, made.margin, want, second_scale or 1.0, keep)
     side = PairStats(column_table, added) if columns else None
     return PairStats(rows, added, second_scale, mean, side)
@@ -155,8 +159,9 @@ def pair_nll(
 
 
 #: Memory that a CPU kernel fills with similarities for its backward unless the user says otherwise, where D is so large that
-#: making them again costs more than reading them (float32; bfloat16 tiles are made faster than float32 ones are read).
-KEPT_BYTES, KEPT_FROM = (64 << 20) + 64, 512
+#: making them again costs more than reading them.
+KEPT_BYTES = (64 << 20) + 64
+KEPT_FROM = (2048, 512)  # features, of 16-bit and of float32 embeddings
 KEPT_HEADER = 16  # floats, of csrc/cpu/pair_problem.h
 
 
@@ -165,7 +170,7 @@ def _kept(p: Pairing, max_bytes: int | None) -> int:
     if max_bytes is not None and max_bytes < 0:
         raise ValueError(f"max_kept_bytes must be >= 0, got {max_bytes}")
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in p[:4])
-    pays = max_bytes is not None or (p.q.dtype == torch.float32 and p.q.shape[1] >= KEPT_FROM)
+    pays = max_bytes is not None or p.q.shape[1] >= KEPT_FROM[p.q.dtype == torch.float32]
     if p.device.type != "cpu" or not needed or not pays:
         return 0
     (m, n), limit = p.shape, KEPT_BYTES if max_bytes is None else max_bytes
