@@ -3,7 +3,7 @@
 A call is forward and backward of one loss on float32 embeddings of B pairs; counted is what is resident at the peak beyond
 what was there before, the two gradients included, in a process of its own that is held to --limit. CLIP: B x B, against
 open_clip. NT-Xent of 2 B rows: 2 B x 2 B, against lightly and pytorch-metric-learning. In-batch negatives of one direction:
-sentence-transformers. Who is not installed is left out. Prints a table, writes a JSON file into bench/results/ and, with
+sentence-transformers (with transformers). Who is not installed is left out. Prints a table, writes a JSON file into bench/results/ and, with
 --plot, docs/img/pairs_memory.svg.
 """
 
@@ -220,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="the JSON file; default: bench/results/MACHINE/pairs_memory/DATE-COMMIT.json"
     )
+    parser.add_argument("--with", dest="others", type=Path, help="an earlier JSON whose losses, not measured now, stay")
     parser.add_argument(
         "--plot", type=Path, nargs="?", const=IMAGE, help="also draw; default docs/img/pairs_memory.svg"
     )
@@ -229,6 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(one(options.one, options.sizes[0], options.features, limit)))
         return 0
     records = measure(options.losses, sorted(options.sizes), options.features, limit, options.timeout)
+    if options.others:
+        earlier = json.loads(options.others.read_text())
+        kept = [r for r in earlier["records"] if r["loss"] not in options.losses]
+        records = [{"commit": earlier["commit"], **r} for r in kept] + records
+        records.sort(key=lambda r: list(PEERS).index(r["loss"]))
     now = datetime.datetime.now(datetime.timezone.utc)
     run = {
         "features": options.features, "dtype": "float32", "limit": limit, "records": records,

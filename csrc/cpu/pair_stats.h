@@ -11,8 +11,8 @@ int pair_isa(int isa);
 // Floats of `kept` that hold every <q, k> of an m x n matrix.
 int64_t pair_kept_floats(int64_t m, int64_t n);
 
-// Same result, bit for bit, in every run with as many threads: the width of a block of columns, and so the order of some
-// sums, follows their number.
+// Same result, bit for bit, in every run with as many threads: the width of a block of columns, and so the order of
+// some sums, follows their number.
 void pair_stats_cpu(const PairStats &args, int isa);
 
 } // namespace fastloss
