@@ -3,8 +3,8 @@
 A call is forward and backward of one loss on float32 embeddings of B pairs; counted is what is resident at the peak beyond
 what was there before, the two gradients included, in a process of its own that is held to --limit. CLIP: B x B, against
 open_clip. NT-Xent of 2 B rows: 2 B x 2 B, against lightly and pytorch-metric-learning. In-batch negatives of one direction:
-sentence-transformers (with transformers). Who is not installed is left out. Prints a table, writes a JSON file into bench/results/ and, with
---plot, docs/img/pairs_memory.svg.
+sentence-transformers (with transformers). Who is not installed is left out. Prints a table, writes a JSON file into
+bench/results/ and, with --plot, docs/img/pairs_memory.svg.
 """
 
 from __future__ import annotations
