@@ -1,7 +1,7 @@
 """The pair kernels at the shapes of docs/device.md: cases of device_kernels.py.
 
-"gemms" is the floor: the products alone, by torch.mm into memory that is there. A forward is one (S), a backward three (S, dQ
-and dK), a step four. Rows of each result are compared with a formula in float64 that makes those rows of the matrix.
+"gemms" is the floor: the products alone, by torch.mm into memory that is there. A forward is one (S), a backward three (S,
+dQ and dK), a step four. Rows of each result are compared with a formula in float64 that makes those rows of the matrix.
 """
 
 from __future__ import annotations

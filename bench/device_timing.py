@@ -1,4 +1,4 @@
-"""How a kernel is timed on a device: device events, implementations taking turns, inputs that have left the L2 cache."""
+"""How a kernel is timed on a device: device events, implementations in turns, inputs no longer in the L2 cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pair kernels on a GPU: every op against float64, the copy engine, no host sync, graphs, reruns, and a large batch."""
+"""The pair kernels on a GPU: every op against float64, the copy engine, no host sync, graphs, reruns, a large batch."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_two_runs_are_bit_equal(step: Callable[..., tuple[Tensor, ...]]) -> None
 
 
 def test_a_batch_of_32768() -> None:
-    """Right at the start, in the middle and at the end; both passes in half the memory that the bfloat16 matrix would take."""
+    """Right at the start, in the middle and at the end; both passes in half the bfloat16 matrix's memory."""
     available("triton")
     q, k, _ = leaves(32768, 768)
     fastloss.contrastive.clip_loss(*leaves(256, 768)).backward()
