@@ -64,7 +64,7 @@ def test_low_precision(loss, dense, dtype):
     for ours, torchs, right in zip(
         gradients(loss, dtype), gradients(dense, dtype), gradients(dense, torch.float64), strict=True
     ):
-        check_gradient(ours, torchs, right, dtype)
+        check_gradient(ours, torchs, right, dtype, k=20.0)  # scores of 20 are rounded by 20 eps, and slopes with them
 
 
 def test_bias_is_in_the_graph():

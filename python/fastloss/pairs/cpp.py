@@ -38,7 +38,7 @@ def _launch(p: CompiledPairing, boost: Tensor | None, margin: Tensor | None, **f
 
 def why_not_stats(*args: Any) -> str | None:
     """Why the kernel cannot take pair_stats with these arguments, or None."""
-    second = args[PAIRING_LENGTH + 3]
+    second = args[PAIRING_LENGTH + 3] if len(args) > PAIRING_LENGTH + 3 else 1.0
     if second > MOST_SECOND:  # its powers are relative to a whole exponent, half of one away from the maximum
         return f"takes a second scale up to {MOST_SECOND}, got {second}"
     return why_not(*args)
