@@ -328,7 +328,10 @@ for call in calls:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_logits_are_stored() -> None:
-    """The logits would be 234 MiB. (Resident pages that a heap keeps were once 47 in a full run.)"""
-    out = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
-    extra = [int(line) / 2**20 for line in out.stdout.split()]
-    assert len(extra) == 5 and max(extra) < 64, f"MiB: {extra}"
+    """The logits would be 234 MiB. The less of two runs counts: what a heap keeps resident differs from run to run."""
+    runs = [
+        subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    ]
+    extra = [min(int(a), int(b)) / 2**20 for a, b in zip(*runs, strict=True)]
+    assert len(extra) == 5 and max(extra) < 40, f"MiB: {extra}"
