@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastloss
-from fastloss import Diagonal, PairMask, SameId, pair_stats
+from fastloss import Diagonal, PairMask, SameId, backend_cpp, pair_stats
 from fastloss.pairs.pairing import Pairing
 
 
@@ -101,3 +101,18 @@ def test_messages(given, said):
 def test_a_diagonal_too_far_away():
     with pytest.raises(ValueError, match="below 2\\^62"):
         Diagonal(2**63)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_are_what_runs_by_default(dtype):
+    x, scale = torch.randn(300, 64).to(dtype), torch.ones(300)
+    pairing, ids = Pairing(x, x, scale), torch.zeros(3, dtype=torch.int64)
+    calls = {
+        "pair_stats": (*pairing, None, None, 0, 1.0, 0),
+        "pair_map": (*pairing, None, None, 0),
+        "pair_histogram": (*pairing, 8, 0.0, 1.0),
+        "row_topk": (*pairing, 3, 1),
+        "edge_dot": (x, x, ids, ids),
+    }
+    best = "cpp" if backend_cpp._missing(x) is None else "reference"
+    assert {op: fastloss.registry.choose(op, *args) for op, args in calls.items()} == dict.fromkeys(calls, best)

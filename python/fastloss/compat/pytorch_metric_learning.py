@@ -22,6 +22,7 @@ objects).
 
 from __future__ import annotations
 
+import abc
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +44,7 @@ def _of_library(x: Any) -> str:
     return type(x).__name__ if type(x).__module__.startswith("pytorch_metric_learning.") else ""
 
 
-class _PairLoss(nn.Module):
+class _PairLoss(nn.Module, abc.ABC):
     """What the losses share: their keywords, the classes of their pairs, and how their values become one."""
 
     def __init__(
@@ -103,11 +104,13 @@ class _PairLoss(nn.Module):
             return {**given, "positive": SameId(ids[0])}
         return {**given, "k": ref, "excluded": Diagonal(0) if itself else None}
 
+    @abc.abstractmethod
     def _of_labels(self, pairing: dict[str, Any], embeddings: Tensor, labels: Tensor) -> Any:
-        raise NotImplementedError
+        """The loss of all pairs that labels make."""
 
+    @abc.abstractmethod
     def _of_mined(self, pairs: MinedPairs, embeddings: Tensor, labels: Tensor | None) -> Any:
-        raise NotImplementedError
+        """The loss of the pairs that a miner has chosen."""
 
     def _reduced(
         self, values: Tensor, indices: Tensor | None, kind: str, embeddings: Tensor, labels: Tensor | None
