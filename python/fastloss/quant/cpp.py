@@ -1,0 +1,1 @@
+"""The bit ops of the `cpp` backend: each module registers its kernels."""

@@ -1,0 +1,1 @@
+"""The bit ops of the `triton` backend: each module registers its kernels."""
