@@ -77,8 +77,8 @@ def check_bits(name: str, bits: BitTensor) -> None:
     wanted = (len(bits.weights), *bits.shape[:-1], row_bytes(bits.columns))
     if planes.dim() < 2 or tuple(planes.shape) != wanted or popcounts.shape != planes.shape[:-1]:
         raise ValueError(
-            f"{name} of {bits.columns} columns and {len(bits.weights)} planes must have planes [{len(bits.weights)}, ..., "
-            f"{row_bytes(bits.columns)}] and popcounts without the last dimension, got {list(planes.shape)} and {list(popcounts.shape)}"
+            f"{name} of {bits.columns} columns must have planes [{len(bits.weights)}, ..., {row_bytes(bits.columns)}] and "
+            f"popcounts without the last dimension, got {list(planes.shape)} and {list(popcounts.shape)}"
         )
     if bits.group % 64 or bits.group < 0:
         raise ValueError(f"{name}.group must be 0 or a multiple of 64, got {bits.group}")

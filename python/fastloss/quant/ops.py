@@ -102,8 +102,10 @@ _define(
     lambda grad, x, signs, mask, codes, shift, scale, groups, *rest: _gradients(grad, groups, rest[-1]),
 )
 
-_QUANTIZER = "Tensor scale, Tensor? offset, Tensor? zero_point, int groups, int inner, float low, float high,"
-    " float steps, float shift"
+_QUANTIZER = (
+    "Tensor scale, Tensor? offset, Tensor? zero_point, int groups, int inner, float low, float high, float steps,"
+    " float shift"
+)
 _define(f"fake_quant(Tensor x, {_QUANTIZER}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 _define(
     f"fake_quant_backward(Tensor grad, Tensor x, {_QUANTIZER}, int needs) -> (Tensor, Tensor, Tensor)",
