@@ -88,7 +88,8 @@ public:
   Backward(const BinarizeBackward &args, int isa)
       : args_(args), loops_(binarize_loops_for(isa)),
         blocks_(blocks_of(args.rows, args.columns, args.signs || args.mask)),
-        stream_(streamed(args.dx, args.rows * args.columns * bytes_of(args.dtype))) {
+        stream_(streamed(args.dx, args.rows * args.columns * bytes_of(args.dtype))),
+        of_{args.p0, args.p1, ReStePower(args.surrogate == kReste ? args.p0 : 1)} {
     if (!args.codes) return;
     const double limit = surrogate_limit(args.surrogate, args.p0, args.p1);
     for (int code = 0; code < 255; ++code) {
@@ -116,6 +117,7 @@ private:
   const BinarizeLoops loops_;
   const Blocks blocks_;
   const bool stream_;
+  const SlopeOf of_;
   alignas(64) float table_[256] = {};
 
   void one_task(int64_t task, GroupSums *of_scale, GroupSums *of_shift) const {
@@ -126,7 +128,6 @@ private:
     // Without x only the identity is left, which does not look at u.
     const bool slopes = args_.dx || args_.dshift, from_x = args_.x && !args_.mask && !args_.codes;
     const bool signs_of_x = args_.dscale && !args_.signs;
-    const SlopeOf of = {args_.p0, args_.p1};
     blocks_.each(task, [&](const Block &b) {
       const float *g = grad.read(args_.grad, b), *u = g;
       if (args_.x && ((slopes && from_x) || signs_of_x)) {
@@ -139,7 +140,7 @@ private:
       if (slopes) {
         if (args_.mask) loops_.slope_of_mask(args_.mask + b.bits, b.count, factor);
         else if (args_.codes) loops_.slope_of_codes(args_.codes + b.flat, b.count, table_, factor);
-        else loops_.slope[args_.surrogate](u, b.count, of, factor);
+        else loops_.slope[args_.surrogate](u, b.count, of_, factor);
         loops_.gradient(g, beside(scale, args_.scale, args_.groups, args_.inner, b), factor, b.count, terms);
         if (args_.dx) loops_.narrow[args_.dtype](terms, b.count, stream_, element(args_.dx, args_.dtype, b.flat));
         if (of_shift) of_shift->add(terms, b.flat, b.count, loops_.sum, loops_.add_terms);

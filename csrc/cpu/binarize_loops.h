@@ -11,6 +11,7 @@ namespace {
 
 struct SlopeOf {
   double p0, p1;
+  ReStePower power;
 };
 
 // All over blocks that are fp32 in L1 and readable up to a whole vector; bits are rows of kRowBytes.

@@ -54,4 +54,34 @@ inline double surrogate_slope(double u, int surrogate, double p0, double p1) {
   }
 }
 
+// a^((1 - order) / order) / order for a = fraction 2^exponent, the fraction in [sqrt(1/2), sqrt(2)): the fraction's
+// share is a polynomial in x = kStretch fraction - kMiddle in [-1, 1], interpolated where a Chebyshev polynomial is 0
+// (relative error 1e-8).
+struct ReStePower {
+  static constexpr int kDegree = 10;
+  static constexpr float kStretch = 2.82842712f, kMiddle = 3.f; // 2 / (sqrt(2) - sqrt(1/2)), and that times the middle
+  float coefficients[kDegree + 1] = {};
+  float power, rest; // the exponent's power, in two parts
+
+  explicit ReStePower(double order) {
+    const double exponent = (1 - order) / order;
+    power = float(exponent), rest = float(exponent - power);
+    constexpr int kNodes = kDegree + 1;
+    double before[kNodes] = {1}, now[kNodes] = {0, 1}, sums[kNodes] = {}; // Chebyshev polynomials as powers of x
+    for (int i = 0; i < kNodes; ++i) {
+      double share = 0;
+      for (int j = 0; j < kNodes; ++j) {
+        const double angle = kPi * (j + 0.5) / kNodes, fraction = (std::cos(angle) + kMiddle) / kStretch;
+        share += std::pow(fraction, exponent) / order * std::cos(i * angle);
+      }
+      share *= (i == 0 ? 1.0 : 2.0) / kNodes;
+      for (int k = 0; k <= i; ++k) sums[k] += share * before[k];
+      double next[kNodes] = {};
+      for (int k = 0; k + 1 < kNodes; ++k) next[k + 1] = 2 * now[k];
+      for (int k = 0; k < kNodes; ++k) next[k] -= before[k], before[k] = now[k], now[k] = next[k];
+    }
+    for (int i = 0; i < kNodes; ++i) coefficients[i] = float(sums[i]);
+  }
+};
+
 } // namespace fastloss

@@ -22,6 +22,10 @@ public:
   // The terms of elements flat, flat + 1, ...
   void add(const float *terms, int64_t flat, int64_t count, Sum sum, AddTerms add_terms) {
     const int64_t met = int64_t(sums_.size());
+    if (met == 1) {
+      sums_[0] += sum(terms, count);
+      return;
+    }
     int64_t at = (flat / inner_ - first_) % met, left = inner_ - flat % inner_;
     for (int64_t i = 0; i < count; at = at + 1 == met ? 0 : at + 1) {
       if (inner_ == 1) { // neighbours go to neighbouring sums
@@ -30,7 +34,7 @@ public:
         i += some, at += some - 1;
         continue;
       }
-      const int64_t some = met == 1 ? count : std::min(left, count - i);
+      const int64_t some = std::min(left, count - i);
       sums_[size_t(at)] += sum(terms + i, some);
       i += some, left = inner_;
     }
