@@ -141,8 +141,12 @@ private:
         if (args_.mask) loops_.slope_of_mask(args_.mask + b.bits, b.count, factor);
         else if (args_.codes) loops_.slope_of_codes(args_.codes + b.flat, b.count, table_, factor);
         else loops_.slope[args_.surrogate](u, b.count, of_, factor);
-        loops_.gradient(g, beside(scale, args_.scale, args_.groups, args_.inner, b), factor, b.count, terms);
-        if (args_.dx) loops_.narrow[args_.dtype](terms, b.count, stream_, element(args_.dx, args_.dtype, b.flat));
+        const float *of_y = beside(scale, args_.scale, args_.groups, args_.inner, b);
+        auto give = [&](int dtype, bool stream, void *to) {
+          loops_.gradient[dtype](g, of_y, factor, b.count, stream, to);
+        };
+        if (args_.dx) give(args_.dtype, stream_, element(args_.dx, args_.dtype, b.flat));
+        if (of_shift) give(kFloat32, false, terms); // before it is rounded
         if (of_shift) of_shift->add(terms, b.flat, b.count, loops_.sum, loops_.add_terms);
       }
       if (!of_scale) return;

@@ -27,7 +27,7 @@ struct BinarizeLoops {
   void (*slope[7])(const float *u, int64_t, const SlopeOf &, float *factor); // by Surrogate
   void (*slope_of_mask)(const uint8_t *bits, int64_t, float *factor);
   void (*slope_of_codes)(const uint8_t *codes, int64_t, const float *table, float *factor);
-  void (*gradient)(const float *grad, const float *scale, const float *factor, int64_t, float *dx);
+  void (*gradient[3])(const float *grad, const float *scale, const float *factor, int64_t, bool, void *dx); // by DType
   double (*sum)(const float *terms, int64_t);
   void (*add_terms)(double *sums, const float *terms, int64_t);
   int64_t width;
