@@ -52,6 +52,7 @@ void binarize_cpu(const Binarize &args, int isa) {
   const Blocks blocks = blocks_of(args.rows, args.columns, args.signs || args.mask);
   const bool stream = streamed(args.y, args.rows * args.columns * bytes_of(args.dtype));
   const float limit = float(surrogate_limit(args.surrogate, args.p0, args.p1));
+  const SlopeOf of = {args.p0, args.p1, ReStePower(args.surrogate == kReste ? args.p0 : 1)};
   blocks.run([&](int64_t task) {
     Laid shift(0.f), scale(1.f);
     Reader x = {loops, args.dtype, std::nanf(""), {}}; // NaN: no bit beyond the end
@@ -63,7 +64,12 @@ void binarize_cpu(const Binarize &args, int isa) {
         loops.subtract(u, beside(shift, args.shift, args.groups, args.inner, b), b.count, moved);
         u = moved;
       }
-      if (args.mask) loops.mask(u, b.count, limit, args.mask + b.bits);
+      if (args.mask && args.surrogate == kClip) {
+        loops.mask(u, b.count, limit, args.mask + b.bits);
+      } else if (args.mask) {
+        loops.slope[args.surrogate](u, b.count, of, wave);
+        loops.mask_of_slope(wave, b.count, args.mask + b.bits);
+      }
       if (args.codes) loops.codes(u, b.count, limit, args.codes + b.flat);
       if (!args.signs && !args.y) return;
       if (args.surrogate == kBiper) {
