@@ -148,3 +148,19 @@ def pair_stats_cpu(
     *, pairing: Pairing, boost: int, margin: int, want: int, second: float, rows: int, columns: int, row_grad: int = 0,
     column_grad: int = 0, gradients: tuple[int, int, int, int] = ..., kept: int, keep: int, isa: int,
 ) -> None: ...  # fmt: skip
+
+class Planes:
+    """The fields of csrc/bits.h."""
+
+    def __init__(
+        self, *, bits: int, popcounts: int, rows: int, columns: int, weights: list[int], offset: int
+    ) -> None: ...
+
+def has_bit_engine(engine: int) -> bool: ...
+def bgemm_cpu(
+    *, a: Planes, b: Planes, row_scale: int, column_scale: int, bias: int, activation: int, output: int, y: int,
+    popcounts: int, stream: bool, isa: int, engine: int,
+) -> None: ...  # fmt: skip
+def hamming_topk_cpu(
+    *, queries: Planes, database: Planes, scale: int, count: int, values: int, index: int, isa: int, engine: int
+) -> None: ...  # fmt: skip
