@@ -1,1 +1,2 @@
 """The bit ops of the `cpp` backend: each module registers its kernels."""
+from . import cpp_fake_quant as cpp_fake_quant
