@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/fake_quant.h"
+#include "cpu/quantize_groups.h"
 
 namespace py = pybind11;
 using namespace fastloss;
@@ -31,6 +32,29 @@ FakeQuant fake_quant_of(uintptr_t grad, uintptr_t x, uintptr_t scale, uintptr_t 
           dtype};
 }
 
+QuantizeGroups quantize_groups_of(uintptr_t x, uintptr_t low, uintptr_t high, uintptr_t seed, uintptr_t codes,
+                                  uintptr_t lows, uintptr_t steps, int64_t n, int64_t group, int64_t channels, int bits,
+                                  int dtype) {
+  return {pointer<void>(x),
+          pointer<float>(low),
+          pointer<float>(high),
+          pointer<int64_t>(seed),
+          pointer<uint8_t>(codes),
+          pointer<float>(lows),
+          pointer<float>(steps),
+          n,
+          group,
+          channels,
+          bits,
+          dtype};
+}
+
+DequantizeGroups dequantize_groups_of(uintptr_t codes, uintptr_t lows, uintptr_t steps, uintptr_t x, int64_t n,
+                                      int64_t group, int bits, int dtype) {
+  return {
+      pointer<uint8_t>(codes), pointer<float>(lows), pointer<float>(steps), pointer<void>(x), n, group, bits, dtype};
+}
+
 } // namespace
 
 void bind_groups(py::module_ &m) {
@@ -40,4 +64,15 @@ void bind_groups(py::module_ &m) {
            py::arg("groups"), py::arg("inner"), py::arg("low"), py::arg("high"), py::arg("steps"), py::arg("shift"),
            py::arg("dtype"));
   m.def("fake_quant_cpu", &fake_quant_cpu, py::arg("args"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
+  py::class_<QuantizeGroups>(m, "QuantizeGroups")
+      .def(py::init(&quantize_groups_of), py::kw_only(), py::arg("x"), py::arg("low"), py::arg("high"), py::arg("seed"),
+           py::arg("codes"), py::arg("lows"), py::arg("steps"), py::arg("n"), py::arg("group"), py::arg("channels"),
+           py::arg("bits"), py::arg("dtype"));
+  py::class_<DequantizeGroups>(m, "DequantizeGroups")
+      .def(py::init(&dequantize_groups_of), py::kw_only(), py::arg("codes"), py::arg("lows"), py::arg("steps"),
+           py::arg("x"), py::arg("n"), py::arg("group"), py::arg("bits"), py::arg("dtype"));
+  m.def("quantize_groups_cpu", &quantize_groups_cpu, py::arg("args"), py::arg("isa"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("dequantize_groups_cpu", &dequantize_groups_cpu, py::arg("args"), py::arg("isa"),
+        py::call_guard<py::gil_scoped_release>());
 }

@@ -13,7 +13,9 @@ from ..registry import kernel
 from .contract import Grad
 
 
-def _why_not(x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int) -> str | None:
+def _why_not(
+    x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int
+) -> str | None:
     if missing := backend_cpp._missing(x):
         return missing
     if x.dtype not in DTYPES:
@@ -27,7 +29,9 @@ def _why_not(x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor
 
 
 def _why_not_backward(grad: Tensor, x: Tensor, *args: Any) -> str | None:
-    return _why_not(x, *args[:5]) or (None if grad.dtype == x.dtype else f"takes a gradient in {x.dtype}, got {grad.dtype}")
+    return _why_not(x, *args[:5]) or (
+        None if grad.dtype == x.dtype else f"takes a gradient in {x.dtype}, got {grad.dtype}"
+    )
 
 
 def _launch(
@@ -65,6 +69,14 @@ def fake_quant_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Te
     *quantizer, needs = args
     groups = quantizer[3]
     dx = kept_memory.empty(x.shape if needs & Grad.X else (0,), x.dtype)
-    dscale, doffset = (torch.empty(groups if needs & flag else 0, dtype=torch.float32, device="cpu") for flag in (Grad.SCALE, Grad.SHIFT))
-    _launch(grad, x, *quantizer, *(t if needs & flag else None for t, flag in ((dx, Grad.X), (dscale, Grad.SCALE), (doffset, Grad.SHIFT))))
+    dscale, doffset = (
+        torch.empty(groups if needs & flag else 0, dtype=torch.float32, device="cpu")
+        for flag in (Grad.SCALE, Grad.SHIFT)
+    )
+    _launch(
+        grad,
+        x,
+        *quantizer,
+        *(t if needs & flag else None for t, flag in ((dx, Grad.X), (dscale, Grad.SCALE), (doffset, Grad.SHIFT))),
+    )
     return dx, dscale, doffset
