@@ -104,7 +104,7 @@ _define(
 
 _QUANTIZER = (
     "Tensor scale, Tensor? offset, Tensor? zero_point, int groups, int inner, float low, float high, float steps,"
-    " float shift"
+    " float shift, bool rounded"
 )
 _define(f"fake_quant(Tensor x, {_QUANTIZER}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 _define(
