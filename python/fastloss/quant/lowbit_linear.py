@@ -2,126 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autograd import batched, forward_mode_active, functorch_active
+from ..autograd import forward_mode_active, functorch_active
 from ..pairs.arguments import autocast_dtype
 from .bit_tensor import BitTensor, check_bits
+from .lowbit_matmul import (
+    Coding,
+    again,
+    coding_of,
+    dense,
+    dequantized,
+    integers,
+    matmul,
+    quantize_rows,
+    transposed_matmul,
+)  # fmt: skip
 from .ops import wide
-from .reference_bits import by_group
-
-_ops = torch.ops.fastloss
 
 ACT_QUANT = (None, "int8row")
-#: The largest code of "int8row".
-INT8_TOP = 127
-
-
-class Layout(NamedTuple):
-    """What the numbers of a BitTensor are made of, besides its tensors."""
-
-    columns: int
-    weights: tuple[int, ...]
-    offset: int
-    group: int = 0
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8 [M, K], scale [M]): scale = absmax of the row / 127, codes = rne(x / scale); a row of zeros has scale 0.
-
-    A row with a NaN or an infinity has a scale that is none either, and so a product of NaN.
-    """
-    x = x.to(wide(x))
-    scale = x.abs().amax(1) / INT8_TOP if x.shape[1] else x.new_zeros(x.shape[0])
-    codes = (x / scale[:, None]).round_().nan_to_num_(0.0).clamp_(-INT8_TOP, INT8_TOP)
-    return codes.to(torch.int8), scale
-
-
-def matmul(
-    x: Tensor, planes: Tensor, layout: Layout, scale: Tensor | None = None, *, transposed: bool = False,
-    x_scale: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
-    """The op `lowbit_matmul` (docs/design.md, "The bit contract"), with the result in x's dtype unless `dtype` says another."""
-    return _ops.lowbit_matmul.default(
-        x, planes, layout.columns, list(layout.weights), layout.offset, scale, layout.group, transposed, x_scale, bias,
-        dtype or x.dtype,
-    )  # fmt: skip
-
-
-def dense(planes: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The integers [R, K] as floating numbers."""
-    return _ops.unpack_bits.default(
-        planes, layout.columns, list(layout.weights), layout.offset, None, layout.group, dtype
-    )
 
 
 def _compose(
-    x: Tensor, scale: Tensor | None, bias: Tensor | None, planes: Tensor, layout: Layout, quantize: bool
+    x: Tensor, scale: Tensor | None, bias: Tensor | None, planes: Tensor, coding: Coding, quantize: bool
 ) -> Tensor:
     """The same in operations that PyTorch differentiates in any way."""
     dtype = wide(x)
-    w = dense(planes, layout, dtype)
-    if scale is not None:
-        w = w * by_group(scale.to(dtype), layout.group, layout.columns)
-    y = (_dequantized(x.to(dtype)) if quantize else x.to(dtype)) @ w.T
+    y = (dequantized(x.to(dtype)) if quantize else x.to(dtype)) @ dense(planes, coding, scale, dtype).T
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _forward(
-    x: Tensor, scale: Tensor | None, bias: Tensor | None, planes: Tensor, layout: Layout, quantize: bool
+def forward_matmul(
+    x: Tensor, scale: Tensor | None, bias: Tensor | None, planes: Tensor, coding: Coding, quantize: bool
 ) -> Tensor:
+    """x (value scale)^T + bias, x as it is or as int8 rows."""
     if not quantize:
-        return matmul(x, planes, layout, scale, bias=bias)
+        return matmul(x, planes, coding, scale, bias=bias)
     codes, x_scale = quantize_rows(x)
-    return matmul(codes, planes, layout, scale, x_scale=x_scale, bias=bias, dtype=x.dtype)
+    return matmul(codes, planes, coding, scale, x_scale=x_scale, bias=bias, dtype=x.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, bias, planes, ctx.layout, ctx.quantize = inputs
+    x, scale, bias, planes, ctx.coding, ctx.quantize = inputs
     ctx.x_dtype = x.dtype
     # A frozen scale is the rule, and then the backward does not look at x.
     trained = scale is not None and scale.requires_grad
     ctx.save_for_backward(x if trained else None, scale, bias, planes)
 
 
-def sum_by_scale(terms: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+def sum_by_scale(terms: Tensor, scale: Tensor, coding: Coding) -> Tensor:
     """[R, K] -> the sums over the numbers that share a scale, in its shape and dtype."""
-    if layout.group:
-        terms = torch.nn.functional.pad(terms, (0, scale.shape[1] * layout.group - layout.columns))
-        found = terms.unflatten(1, (scale.shape[1], layout.group)).sum(2)
+    if coding.group:
+        terms = torch.nn.functional.pad(terms, (0, scale.shape[1] * coding.group - coding.columns))
+        found = terms.unflatten(1, (scale.shape[1], coding.group)).sum(2)
     else:
         found = terms.sum(1, keepdim=True)
     return (found if scale.shape[0] == found.shape[0] else found.sum(0, keepdim=True)).to(scale.dtype)
 
 
-def _dequantized(x: Tensor) -> Tensor:
-    """x as `quantize_rows` rounds it, with the gradient of the identity."""
-    codes, x_scale = quantize_rows(x.detach())
-    return x + (codes * x_scale[:, None] - x).detach()
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, bias, planes = ctx.saved_tensors
-    layout: Layout = ctx.layout
+    coding: Coding = ctx.coding
     dx = dscale = dbias = None
-    again = torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(grad))
     dtype = wide(grad)
-    if ctx.needs_input_grad[0] and again:
-        w = dense(planes, layout, dtype)
-        w = w if scale is None else w * by_group(scale.to(dtype), layout.group, layout.columns)
-        dx = (grad.to(dtype) @ w).to(ctx.x_dtype)
-    elif ctx.needs_input_grad[0]:
-        dx = matmul(grad, planes, layout, scale, transposed=True)
+    if ctx.needs_input_grad[0]:
+        dx = transposed_matmul(grad, planes, coding, scale, ctx.x_dtype)
     if ctx.needs_input_grad[1]:
-        x = _dequantized(x.to(dtype)) if ctx.quantize else x.to(dtype)
-        if again or layout.group:
-            dscale = sum_by_scale((grad.to(dtype).T @ x) * dense(planes, layout, dtype), scale, layout)
+        x = dequantized(x.to(dtype)) if ctx.quantize else x.to(dtype)
+        if coding.group or again(grad):
+            dscale = sum_by_scale((grad.to(dtype).T @ x) * integers(planes, coding, dtype), scale, coding)
         else:
-            products = grad.to(dtype) * matmul(x, planes, layout)
-            dscale = sum_by_scale(products.sum(0)[:, None], scale, layout)
+            products = grad.to(dtype) * matmul(x, planes, coding)
+            dscale = sum_by_scale(products.sum(0)[:, None], scale, coding)
     if ctx.needs_input_grad[2]:
         dbias = grad.sum(0, dtype=dtype).to(bias.dtype)
     return dx, dscale, dbias, None, None, None
@@ -131,14 +86,14 @@ class _LowbitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _setup(ctx, inputs, inputs[0])
-        return _forward(*inputs)
+        return forward_matmul(*inputs)
 
     backward = staticmethod(_backward)
 
 
 class _LowbitLinearFunctorch(torch.autograd.Function):
     generate_vmap_rule = True
-    forward = staticmethod(_forward)
+    forward = staticmethod(forward_matmul)
     setup_context = staticmethod(_setup)
     backward = staticmethod(_backward)
 
@@ -160,9 +115,7 @@ def check_act_quant(act_quant: str | None) -> bool:
     return act_quant == "int8row"
 
 
-def lowbit_linear(
-    x: Tensor, weight: BitTensor, bias: Tensor | None = None, *, act_quant: str | None = None
-) -> Tensor:
+def lowbit_linear(x: Tensor, weight: BitTensor, bias: Tensor | None = None, *, act_quant: str | None = None) -> Tensor:
     """y = x W^T + bias, W the numbers of a BitTensor times their scales; differentiable in x, bias and `weight.scale`.
 
     Args:
@@ -180,8 +133,7 @@ def lowbit_linear(
     quantize = check_act_quant(act_quant)
     x = x.to(autocast_dtype(x))
     planes, _ = weight.flat()
-    layout = Layout(weight.columns, tuple(weight.weights), weight.offset, weight.group)
-    args = (x.reshape(-1, weight.columns), weight.scale, bias, planes, layout, quantize)
+    args = (x.reshape(-1, weight.columns), weight.scale, bias, planes, coding_of(weight), quantize)
     if forward_mode_active():
         y = _compose(*args)
     else:
