@@ -6,6 +6,7 @@ from __future__ import annotations
 from . import surrogates
 from .bgemm import bgemm
 from .binarize import binarize
+from .binary_conv2d import binary_conv2d
 from .binary_linear import binary_linear
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
@@ -19,6 +20,7 @@ __all__ = [
     "BitTensor",
     "bgemm",
     "binarize",
+    "binary_conv2d",
     "binary_linear",
     "fake_quant",
     "lowbit_linear",
