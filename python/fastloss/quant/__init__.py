@@ -9,6 +9,7 @@ from .binarize import binarize
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
 from .fake_quant import fake_quant
+from .nearest_key import nearest_key
 from .surrogates import reste_power
 from .ternarize import ternarize
 
@@ -17,6 +18,7 @@ __all__ = [
     "bgemm",
     "binarize",
     "fake_quant",
+    "nearest_key",
     "pack_bits",
     "pack_codes",
     "pack_ternary",
