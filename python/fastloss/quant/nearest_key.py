@@ -35,12 +35,19 @@ def nearest_key(x: Tensor, keys: Tensor) -> Tensor:
     """
     for name, t in (("x", x), ("keys", keys)):
         if not isinstance(t, Tensor) or not t.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}")
+            raise TypeError(
+                f"{name} must be a floating tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}"
+            )
     if x.dtype != keys.dtype:
         raise TypeError(f"x and keys must have one dtype, got {x.dtype} and {keys.dtype}")
     if x.device != keys.device:
         raise ValueError(f"x and keys must be on one device, got {x.device} and {keys.device}")
-    if x.dim() not in (2, 3) or keys.dim() != x.dim() or x.shape[:-2] != keys.shape[:-2] or x.shape[-1] != keys.shape[-1]:
+    if (
+        x.dim() not in (2, 3)
+        or keys.dim() != x.dim()
+        or x.shape[:-2] != keys.shape[:-2]
+        or x.shape[-1] != keys.shape[-1]
+    ):
         raise ValueError(
             f"x and keys must be [M, D] and [N, D], or [C, M, D] and [C, N, D], got {list(x.shape)} and {list(keys.shape)}"
         )
