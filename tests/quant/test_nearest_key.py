@@ -127,5 +127,5 @@ def test_errors() -> None:
         nearest_key(x, keys[None])
     with pytest.raises(TypeError, match="one dtype"):
         nearest_key(x, keys.double())
-    with pytest.raises(TypeError, match="floating tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"floating tensor, got torch\.int64"):
         nearest_key(x.long(), keys.long())
