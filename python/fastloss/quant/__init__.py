@@ -12,6 +12,7 @@ from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
 from .fake_quant import fake_quant
 from .lowbit_linear import lowbit_linear
+from .nearest_key import nearest_key
 from .surrogates import reste_power
 from .ternarize import ternarize
 from .ternary_linear import ternary_linear
@@ -24,6 +25,7 @@ __all__ = [
     "binary_linear",
     "fake_quant",
     "lowbit_linear",
+    "nearest_key",
     "pack_bits",
     "pack_codes",
     "pack_ternary",
