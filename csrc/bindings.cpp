@@ -92,6 +92,7 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 } // namespace
 
 void bind_edges(py::module_ &m);     // bindings_edges.cpp
+void bind_lowbit(py::module_ &m);    // bindings_lowbit.cpp
 void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
@@ -344,6 +345,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("args"), py::arg("isa"));
   bind_pairs(m);
   bind_edges(m);
+  bind_lowbit(m);
   bind_pair_maps(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
