@@ -19,7 +19,7 @@ inline bool has_amx_int8() {
 // Without tiles there is one part.
 template <class Base> struct VectorTiles : Base {
   static constexpr bool kIntegers = false; // whether a product is int32
-  static constexpr int64_t kRun = 4;       // steps
+  static constexpr int64_t kRun = 2;       // steps
   struct NoWork {
     FASTLOSS_AVX512_INLINE bool pending() const { return false; }
     FASTLOSS_AVX512_INLINE void two_rows() {}

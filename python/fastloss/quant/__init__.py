@@ -6,11 +6,13 @@ from __future__ import annotations
 from . import surrogates
 from .bgemm import bgemm
 from .binarize import binarize
+from .binary_conv2d import binary_conv2d
 from .binary_linear import binary_linear
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
 from .fake_quant import fake_quant
 from .lowbit_linear import lowbit_linear
+from .nearest_key import nearest_key
 from .surrogates import reste_power
 from .ternarize import ternarize
 from .ternary_linear import ternary_linear
@@ -19,9 +21,11 @@ __all__ = [
     "BitTensor",
     "bgemm",
     "binarize",
+    "binary_conv2d",
     "binary_linear",
     "fake_quant",
     "lowbit_linear",
+    "nearest_key",
     "pack_bits",
     "pack_codes",
     "pack_ternary",

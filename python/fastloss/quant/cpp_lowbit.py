@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import backend_cpp, kept_memory
 from ..compiled import _C, DTYPES, pointer
 from ..registry import kernel
+from .contract import row_bytes
 
 _X_DTYPES = {**DTYPES, torch.int8: 3}
 #: Sums of int8 products stay below 2^31 up to here.
@@ -45,9 +46,10 @@ def _check(x: Tensor, planes: Tensor, columns: int, scale: Tensor | None, group:
     """Groups; ValueError for what would be read out of bounds."""
     if x.dim() != 2 or x.shape[1] != wanted:
         raise ValueError(f"x must be [M, {wanted}], got {list(x.shape)}")
-    if planes.dim() != 3 or planes.dtype != torch.uint8 or planes.shape[2] != -(-columns // 512) * 64:
+    line = row_bytes(columns)
+    if planes.dim() != 3 or planes.dtype != torch.uint8 or planes.shape[2] != line:
         raise ValueError(
-            f"planes of {columns} columns must be uint8 [P, R, {-(-columns // 512) * 64}], got {planes.dtype} {list(planes.shape)}"
+            f"planes of {columns} columns must be uint8 [P, R, {line}], got {planes.dtype} {list(planes.shape)}"
         )
     if group < 0 or group % 64:
         raise ValueError(f"group must be 0 or a multiple of 64, got {group}")
