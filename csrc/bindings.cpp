@@ -94,6 +94,7 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 void bind_edges(py::module_ &m);     // bindings_edges.cpp
 void bind_bits(py::module_ &m);      // bindings_bits.cpp
 void bind_groups(py::module_ &m);    // bindings_groups.cpp
+void bind_lowbit(py::module_ &m);    // bindings_lowbit.cpp
 void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
 void bind_quant(py::module_ &m);     // bindings_quant.cpp
 
@@ -349,6 +350,7 @@ PYBIND11_MODULE(_C, m) {
   bind_edges(m);
   bind_bits(m);
   bind_groups(m);
+  bind_lowbit(m);
   bind_pair_maps(m);
   bind_quant(m);
 #ifdef FASTLOSS_CUDA
