@@ -10,26 +10,33 @@ from .binary_conv2d import binary_conv2d
 from .binary_linear import binary_linear
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
+from .elastic import ElasticQuantizer
 from .fake_quant import fake_quant
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
+from .scales import absmax_scale, lsq_scale, minmax_scale, searched_scale
 from .surrogates import reste_power
 from .ternarize import ternarize
 from .ternary_linear import ternary_linear
 
 __all__ = [
     "BitTensor",
+    "ElasticQuantizer",
+    "absmax_scale",
     "bgemm",
     "binarize",
     "binary_conv2d",
     "binary_linear",
     "fake_quant",
     "lowbit_linear",
+    "lsq_scale",
+    "minmax_scale",
     "nearest_key",
     "pack_bits",
     "pack_codes",
     "pack_ternary",
     "reste_power",
+    "searched_scale",
     "surrogates",
     "ternarize",
     "ternary_linear",
