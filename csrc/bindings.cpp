@@ -93,6 +93,7 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 
 void bind_edges(py::module_ &m);     // bindings_edges.cpp
 void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
+void bind_bits_cuda(py::module_ &m); // bindings_bits_cuda.cpp
 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
@@ -345,6 +346,7 @@ PYBIND11_MODULE(_C, m) {
   bind_pairs(m);
   bind_edges(m);
   bind_pair_maps(m);
+  bind_bits_cuda(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;

@@ -148,3 +148,15 @@ def pair_stats_cpu(
     *, pairing: Pairing, boost: int, margin: int, want: int, second: float, rows: int, columns: int, row_grad: int = 0,
     column_grad: int = 0, gradients: tuple[int, int, int, int] = ..., kept: int, keep: int, isa: int,
 ) -> None: ...  # fmt: skip
+
+_Planes = tuple[int, int, int, int, list[int], int]
+
+def bgemm_cuda(
+    *, a: _Planes, b: _Planes, row_scale: int, column_scale: int, bias: int, activation: int, output: int, out: int,
+    popcounts: int, plan: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def hamming_topk_splits_cuda(m: int, n: int, device: int) -> int: ...
+def hamming_topk_cuda(
+    *, a: _Planes, b: _Planes, scale: int, count: int, keys: int, splits: int, values: int, index: int, plan: int,
+    device: int, stream: int,
+) -> None: ...  # fmt: skip
