@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import build
-from .rows import decode, encode, int32, int64, pointer
+from .rows import EPS, TINY, close, decode, encode, int32, int64, pointer
 
 #: Weights and offset of every kind of planes (docs/design.md), and two of a kind of their own: odd weights, a weight of 0.
 KINDS = {
@@ -165,7 +165,7 @@ def run(library: Path, case: Case) -> None:
         if signs:
             assert np.array_equal(out, packed(y >= 0)) and np.array_equal(popcounts, (y >= 0).sum(1)), str(case)
         elif case.activation == SILU:
-            np.testing.assert_allclose(decode(out, case.output), y, rtol=1e-2 if case.output == "bf16" else 2e-3)
+            close(str(case), decode(out, case.output), y, (EPS[case.output] + 1e-6) * np.abs(y) + TINY[case.output])
         else:
             assert np.array_equal(
                 decode(out, case.output), decode(encode(y, case.output), case.output), equal_nan=True
