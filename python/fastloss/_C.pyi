@@ -168,6 +168,16 @@ def bgemm_cpu(
 ) -> None: ...  # fmt: skip
 def hamming_topk_cpu(
     *, queries: Planes, database: Planes, scale: int, count: int, values: int, index: int, isa: int, engine: int
+_Planes = tuple[int, int, int, int, list[int], int]
+
+def bgemm_cuda(
+    *, a: _Planes, b: _Planes, row_scale: int, column_scale: int, bias: int, activation: int, output: int, out: int,
+    popcounts: int, plan: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def hamming_topk_splits_cuda(m: int, n: int, device: int) -> int: ...
+def hamming_topk_cuda(
+    *, a: _Planes, b: _Planes, scale: int, count: int, keys: int, splits: int, values: int, index: int, plan: int,
+    device: int, stream: int,
 ) -> None: ...  # fmt: skip
 
 class FakeQuant:
