@@ -15,6 +15,7 @@ from .dynamic_sign import dynamic_sign
 from .elastic_binarize import elastic_binarize, elastic_scale
 from .fake_quant import fake_quant
 from .lowbit_linear import lowbit_linear
+from .nearest_key import nearest_key
 from .surrogates import reste_power
 from .ternarize import ternarize
 from .ternary_linear import ternary_linear
@@ -32,6 +33,7 @@ __all__ = [
     "fake_quant",
     "layers",
     "lowbit_linear",
+    "nearest_key",
     "pack_bits",
     "pack_codes",
     "pack_ternary",
