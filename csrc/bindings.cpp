@@ -93,6 +93,7 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 
 void bind_edges(py::module_ &m);     // bindings_edges.cpp
 void bind_groups(py::module_ &m);    // bindings_groups.cpp
+void bind_lowbit(py::module_ &m);    // bindings_lowbit.cpp
 void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
 void bind_quant(py::module_ &m);     // bindings_quant.cpp
 
@@ -347,6 +348,7 @@ PYBIND11_MODULE(_C, m) {
   bind_pairs(m);
   bind_edges(m);
   bind_groups(m);
+  bind_lowbit(m);
   bind_pair_maps(m);
   bind_quant(m);
 #ifdef FASTLOSS_CUDA
