@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ... import terms
 from ...engine import row_stats
 from ...functional import cross_entropy
+from ...wide import WideRowStats
 from ..fake_quant import fake_quant
 from .step_search import search_step
 
@@ -156,5 +157,5 @@ def guidance_losses(high: Tensor, sampled: Tensor, low: Tensor, target: Tensor) 
 
 
 def _guided(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    stats = row_stats(student, target, teacher=teacher.detach(), term=terms.kl())
+    stats = cast(WideRowStats, row_stats(student, target, teacher=teacher.detach(), term=terms.kl()))
     return (stats.term - stats.logp).mean() / 2
