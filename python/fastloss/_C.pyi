@@ -148,3 +148,30 @@ def pair_stats_cpu(
     *, pairing: Pairing, boost: int, margin: int, want: int, second: float, rows: int, columns: int, row_grad: int = 0,
     column_grad: int = 0, gradients: tuple[int, int, int, int] = ..., kept: int, keep: int, isa: int,
 ) -> None: ...  # fmt: skip
+
+class FakeQuant:
+    """csrc/cpu/fake_quant.h"""
+
+    def __init__(
+        self, *, grad: int, x: int, scale: int, offset: int, zero_point: int, out: int, dscale: int, doffset: int, n: int,
+        groups: int, inner: int, low: float, high: float, steps: float, shift: float, dtype: int,
+    ) -> None: ...  # fmt: skip
+
+class QuantizeGroups:
+    """csrc/cpu/quantize_groups.h"""
+
+    def __init__(
+        self, *, x: int, low: int, high: int, seed: int, codes: int, lows: int, steps: int, n: int, group: int,
+        channels: int, bits: int, dtype: int,
+    ) -> None: ...  # fmt: skip
+
+class DequantizeGroups:
+    """csrc/cpu/quantize_groups.h"""
+
+    def __init__(
+        self, *, codes: int, lows: int, steps: int, x: int, n: int, group: int, bits: int, dtype: int
+    ) -> None: ...
+
+def fake_quant_cpu(args: FakeQuant, isa: int) -> None: ...
+def quantize_groups_cpu(args: QuantizeGroups, isa: int) -> None: ...
+def dequantize_groups_cpu(args: DequantizeGroups, isa: int) -> None: ...
