@@ -93,10 +93,14 @@ def binarize_backward(
         ("x", x, columns), ("signs", signs, row_bytes(columns)), ("mask", mask, row_bytes(columns)), ("codes", codes, columns),
     ):  # fmt: skip
         if saved is not None and tuple(saved.shape) != (rows, width):
-            raise ValueError(f"{name} of a gradient {list(grad.shape)} must be [{rows}, {width}], got {list(saved.shape)}")
+            raise ValueError(
+                f"{name} of a gradient {list(grad.shape)} must be [{rows}, {width}], got {list(saved.shape)}"
+            )
     slopes = surrogate == Surrogate.IDENTITY or any(t is not None for t in (x, mask, codes))
     if (needs & (Grad.X | Grad.SHIFT) and not slopes) or (needs & Grad.SCALE and x is None and signs is None):
-        raise ValueError("the gradient of x or shift needs x, mask or codes, that of scale x or signs; got none of them")
+        raise ValueError(
+            "the gradient of x or shift needs x, mask or codes, that of scale x or signs; got none of them"
+        )
     shift, scale = _parameter("shift", shift, groups), _parameter("scale", scale, groups)
     dx = kept_memory.empty((rows, columns) if needs & Grad.X else (0,), grad.dtype)
     dscale, dshift = (

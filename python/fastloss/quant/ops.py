@@ -129,4 +129,9 @@ _define(
     lambda codes, low, step, n, group, bits, dtype: codes.new_empty(n, dtype=dtype),
 )
 
+_define(
+    "nearest_key(Tensor x, Tensor keys) -> Tensor",
+    lambda x, keys: x.new_empty(x.shape[0], dtype=torch.int64),
+)
+
 from . import cpp, cuda, reference_bits, reference_groups, reference_quant, triton  # noqa: E402,F401  (they register their kernels)
