@@ -14,20 +14,26 @@ from .elastic import ElasticQuantizer
 from .fake_quant import fake_quant
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
+from .saved_activation import ActivationCodec, EncodedActivation, saved_activation
+from .saved_functions import gelu, layer_norm, silu, softmax
 from .scales import absmax_scale, lsq_scale, minmax_scale, searched_scale
 from .surrogates import reste_power
 from .ternarize import ternarize
 from .ternary_linear import ternary_linear
 
 __all__ = [
+    "ActivationCodec",
     "BitTensor",
     "ElasticQuantizer",
+    "EncodedActivation",
     "absmax_scale",
     "bgemm",
     "binarize",
     "binary_conv2d",
     "binary_linear",
     "fake_quant",
+    "gelu",
+    "layer_norm",
     "lowbit_linear",
     "lsq_scale",
     "minmax_scale",
@@ -36,7 +42,10 @@ __all__ = [
     "pack_codes",
     "pack_ternary",
     "reste_power",
+    "saved_activation",
     "searched_scale",
+    "silu",
+    "softmax",
     "surrogates",
     "ternarize",
     "ternary_linear",
