@@ -185,6 +185,8 @@ def layer_norm(
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None and tuple(p.shape) != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, got {list(p.shape)}")
-    rows = x.reshape(*x.shape[: -len(shape)], -1) if x.numel() else x.reshape(-1, math.prod(shape))
+    if not x.numel():
+        return F.layer_norm(x, shape, weight, bias, eps).to(x.dtype)
+    rows = x.reshape(*x.shape[: -len(shape)], -1)
     flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
     return _LayerNorm.apply(rows, *flat, eps, codec).reshape(x.shape)
