@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastloss import quant
+import fastloss
+from fastloss import backend_cpp, quant, registry
+from fastloss.compiled import _C, MISSING
 from fastloss.quant import ActivationCodec, saved_activation
 from fastloss.quant.saved_activation import is_parameter
 
@@ -351,6 +353,52 @@ def test_layer_norm(given: str, rows: int) -> None:
             assert (ours.double().reshape(rows, 120) - reference).norm() <= 1e-3 * reference.norm()
         else:
             torch.testing.assert_close(ours.double().reshape(-1), reference, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.skipif(_C is None, reason=str(MISSING))
+@pytest.mark.parametrize("level", range(4), ids=("scalar", "avx2", "avx512", "avx512bf16"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_pass_gradients(level: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of csrc/cpu/saved_gradient.cpp against float64, at ranges that no exponential overflows, and at NaN."""
+    best = _C.best_isa()  # type: ignore[union-attr]
+    if level > best:
+        pytest.skip(f"the best of this machine is {_C.isa_name(best)}")  # type: ignore[union-attr]
+    monkeypatch.setattr(backend_cpp, "ISA", level)
+    for rows, columns, group, bits in ((1, 1, 2, 8), (7, 33, 10, 4), (50, 700, 256, 8), (3, 2100, 3000, 4)):
+        x = torch.randn(rows, columns) * torch.logspace(-2, 3, rows)[:, None]
+        encoded = ActivationCodec(bits, group).encode(x)
+        g = torch.randn(rows, columns).to(dtype)
+        for name, function in {"none": F.gelu, "tanh": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}.items():
+            at = encoded.decode().double().requires_grad_()
+            (slope,) = torch.autograd.grad(function(at).sum(), at)
+            with fastloss.use_backend("cpp"):
+                made = registry.run("saved_gradient", g, *encoded[:3], group, bits, name, columns)
+            assert (
+                (made.double() - slope * g.double()).abs() <= (5e-7 + torch.finfo(dtype).eps) * 1.2 * g.abs()
+            ).all(), name
+        encoded = ActivationCodec(bits, group).encode(x.softmax(1))
+        y, wide = encoded.decode().double(), g.double()
+        wanted = y * (wide - (wide * y).sum(1, keepdim=True))
+        with fastloss.use_backend("cpp"):
+            made = registry.run("saved_gradient", g, *encoded[:3], group, bits, "softmax", columns)
+        assert (made - wanted).abs().max() <= (2e-6 + 2 * torch.finfo(dtype).eps) * wanted.abs().amax().clamp(1)
+    x[1, 5] = math.nan
+    encoded = ActivationCodec(8, 10).encode(x)
+    with fastloss.use_backend("cpp"):
+        for name in ("none", "tanh", "silu", "softmax"):
+            made = registry.run("saved_gradient", g, *encoded[:3], 10, 8, name, columns)
+            assert made.isnan().reshape(-1)[2100:2110].all() and (name == "softmax" or made.isnan().sum() == 10)
+
+
+@pytest.mark.parametrize("name", ["gelu", "softmax"])
+def test_without_a_kernel_the_pieces_are_torchs(name: str) -> None:
+    own = ActivationCodec(4, 64)
+    ours, _, _ = functions(own)[name]
+    x, g = torch.randn(1100, 1000, requires_grad=True), torch.randn(1100, 1000)
+    (wanted,) = torch.autograd.grad(ours(x), x, g)
+    with fastloss.use_backend("reference"):
+        (made,) = torch.autograd.grad(ours(x), x, g)
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
