@@ -11,6 +11,7 @@ from .binary_linear import binary_linear
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
 from .fake_quant import fake_quant
+from .hamming_topk import hamming_topk
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
 from .surrogates import reste_power
@@ -24,6 +25,7 @@ __all__ = [
     "binary_conv2d",
     "binary_linear",
     "fake_quant",
+    "hamming_topk",
     "lowbit_linear",
     "nearest_key",
     "pack_bits",
