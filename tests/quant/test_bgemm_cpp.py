@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bit_cases import BINARY, KINDS, PATHS, Rows, arguments, every_path, has_path, product, random_rows, rows_of
 from torch import Tensor
 
 import fastloss
+from bit_cases import BINARY, KINDS, PATHS, Rows, arguments, every_path, has_path, product, random_rows, rows_of
 from fastloss import backend_cpp
 from fastloss.compiled import _C, MISSING
 from fastloss.quant import cpp_bgemm
@@ -108,13 +108,12 @@ def test_more_than_one_block(shape: tuple[int, int, int]) -> None:
 def test_the_same_with_any_number_of_threads(threads: None) -> None:
     a, b = random_rows(310, 1000, KINDS["2 bits"]), random_rows(320, 1000, BINARY)
     vectors = (torch.randn(310), torch.randn(320), torch.randn(320))
+    runs = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         check(a, b)
-        y = run("bgemm", *arguments(a, b), *vectors, Activation.SILU, torch.float32)
-        assert isinstance(y, Tensor)
-        first = y if count == 1 else first
-        assert torch.equal(y, first)
+        runs.append(run("bgemm", *arguments(a, b), *vectors, Activation.SILU, torch.float32))
+    assert all(torch.equal(y, runs[0]) for y in runs)
 
 
 def epilogue(right: Tensor, vectors: tuple[Tensor | None, ...], activation: int, dtype: torch.dtype) -> Tensor:

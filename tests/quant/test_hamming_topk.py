@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bit_cases import BINARY, KINDS, Rows, arguments, every_path, product, random_rows, rows_of
 from torch import Tensor
 
 import fastloss
+from bit_cases import BINARY, KINDS, Rows, arguments, every_path, product, random_rows, rows_of
 from fastloss.compiled import _C, MISSING
 from fastloss.quant import BitTensor, cpp_bgemm, hamming_topk, pack_bits, pack_codes, unpack_bits
 
@@ -111,6 +111,7 @@ def test_the_same_with_any_number_of_threads(threads: None) -> None:
         a, b = random_rows(queries, 40, BINARY), random_rows(30_000, 40, BINARY)
         scale = torch.rand(30_000)
         values, index = sorted_all(product(a, b), 25)
+        runs = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for engine in (1, 3):
@@ -119,11 +120,10 @@ def test_the_same_with_any_number_of_threads(threads: None) -> None:
                     try:
                         found, at = run(a, b, None, 25)
                         assert torch.equal(at, index) and torch.equal(found.long(), values)
-                        scaled = run(a, b, scale, 25)
+                        runs.append(run(a, b, scale, 25))
                     finally:
                         cpp_bgemm.ENGINE = -1
-                    first = scaled if (count, engine) == (1, 1) else first
-                    assert all(torch.equal(x, y) for x, y in zip(scaled, first, strict=True))
+        assert all(torch.equal(x, y) for one in runs for x, y in zip(one, runs[0], strict=True))
 
 
 @compiled
