@@ -11,8 +11,8 @@ from .binary_conv2d import binary_conv2d
 from .binary_linear import binary_linear
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
-from .elastic import ElasticQuantizer
 from .dynamic_sign import dynamic_sign
+from .elastic import ElasticQuantizer
 from .elastic_binarize import elastic_binarize, elastic_scale
 from .fake_quant import fake_quant
 from .hamming_topk import hamming_topk
