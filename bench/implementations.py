@@ -453,4 +453,6 @@ CASES: dict[str, Callable[[Group], Case]] = {
 
 
 def build(group: Group) -> Case:
-    return CASES[group.op](group)
+    from bit_implementations import BIT_CASES  # which is made of what this file defines
+
+    return {**CASES, **BIT_CASES}[group.op](group)
