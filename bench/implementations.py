@@ -453,4 +453,6 @@ CASES: dict[str, Callable[[Group], Case]] = {
 
 
 def build(group: Group) -> Case:
+    import packed_layers  # noqa: F401  (adds its own; it needs what is above)
+
     return CASES[group.op](group)
