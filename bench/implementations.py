@@ -453,6 +453,7 @@ CASES: dict[str, Callable[[Group], Case]] = {
 
 
 def build(group: Group) -> Case:
+    import packed_layers  # noqa: F401  (adds its own; it needs what is above)
     from bit_implementations import BIT_CASES  # which is made of what this file defines
 
     return {**CASES, **BIT_CASES}[group.op](group)
