@@ -97,7 +97,9 @@ def binarize_backward(
         ("x", x, columns), ("signs", signs, row_bytes(columns)), ("mask", mask, row_bytes(columns)), ("codes", codes, columns),
     ):  # fmt: skip
         if saved is not None and tuple(saved.shape) != (rows, width):
-            raise ValueError(f"{name} of a gradient {list(grad.shape)} must be [{rows}, {width}], got {list(saved.shape)}")
+            raise ValueError(
+                f"{name} of a gradient {list(grad.shape)} must be [{rows}, {width}], got {list(saved.shape)}"
+            )
     shift, scale = _parameter("shift", shift, groups), _parameter("scale", scale, groups)
     dx = kept_memory.empty((rows, columns) if needs & Grad.X else (0,), grad.dtype)
     dscale, dshift = (

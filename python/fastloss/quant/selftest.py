@@ -42,6 +42,7 @@ def arguments(op: str, x: Any, w: Any) -> tuple[Any, ...]:
         "lowbit_matmul": lambda: (
             x, bits(n, 2)[0][..., : row_bytes(columns)], columns, [-1, 2], 0, of_groups(n)[:, None], 0, False, None, None, x.dtype
         ),
+        "nearest_key": lambda: (x, w),
         "binarize": lambda: (x, of_groups(m), None, *surrogate, int(Save.DENSE | Save.SIGNS | Save.MASK | Save.CODES)),
         "binarize_backward": lambda: (
             x * 0.7, x, None, None, None, of_groups(m), of_groups(m), *surrogate, int(Grad.X | Grad.SCALE | Grad.SHIFT)
@@ -79,8 +80,8 @@ def by_op(op: str) -> Callable[..., Any]:
 
 
 OPS = (
-    "pack_bits", "unpack_bits", "bgemm", "bgemm_signs", "hamming_topk", "lowbit_matmul", "binarize", "binarize_backward",
-    "fake_quant", "fake_quant_backward", "quantize_groups", "dequantize_groups",
+    "pack_bits", "unpack_bits", "bgemm", "bgemm_signs", "hamming_topk", "nearest_key", "lowbit_matmul",
+    "binarize", "binarize_backward", "fake_quant", "fake_quant_backward", "quantize_groups", "dequantize_groups",
 )  # fmt: skip
 
 
