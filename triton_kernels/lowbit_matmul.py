@@ -26,8 +26,6 @@ from .lowbit_matmul_kernels import lowbit_matmul_kernel, lowbit_matmul_transpose
 #: Programs that fill any GPU when there are few rows. Not a property of the one at hand: sums do not depend on it.
 PROGRAMS = 512
 MERGE = 256
-#: Columns whose int8 products cannot leave int32.
-LONGEST_INTEGER = (1 << 31) // (128 * 127) - 1
 
 
 def default_tile(rows: int, pieces: int, grouped: bool, tma: bool, capability: tuple[int, int]) -> Tile:
