@@ -4,7 +4,7 @@
 // matter: e^(z - ref) is needed for the log-sum-exp anyhow and one comparison with the random bits says whether the
 // column can still win. The few that can are judged in double, so that the draw is exact in the fp32 scores.
 #include "cpu.h"
-#include "simd_bits.h"
+#include "philox.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -15,8 +15,6 @@
 namespace fastloss {
 namespace {
 
-constexpr int kPhiloxRounds = 10;
-constexpr uint32_t kPhiloxFactor[] = {0xD2511F53, 0xCD9E8D57}, kPhiloxStep[] = {0x9E3779B9, 0xBB67AE85};
 constexpr uint32_t kCoarse = 1 << 16;          // below it 32 bits are too few, and 32 more are drawn
 constexpr float kLowestLogExponential = -46.f; // log E > log 2^-65
 constexpr float kLowest = -FLT_MAX;            // only -inf is less
@@ -25,11 +23,6 @@ constexpr int64_t kSerial = 1 << 13;           // elements that are not worth wa
 
 struct Columns {
   int64_t begin, end;
-};
-
-// Where a row's random bits come from.
-struct Noise {
-  uint32_t keys[kPhiloxRounds][2], stream[2];
 };
 
 struct Row {
@@ -108,14 +101,8 @@ template <class T> Draw draw_for(int isa) {
 
 Row row_of(const RowSample &args, int64_t r) {
   const int64_t size = args.dtype == kFloat32 ? 4 : 2;
-  Row row = {static_cast<const char *>(args.logits) + r * args.ld * size, args.scale, args.softcap, {}};
-  const uint64_t stream = uint64_t(args.streams[r]), seed = uint64_t(*args.seed);
-  for (int half = 0; half < 2; ++half) {
-    row.noise.stream[half] = uint32_t(stream >> 32 * half);
-    for (int round = 0; round < kPhiloxRounds; ++round)
-      row.noise.keys[round][half] = uint32_t(seed >> 32 * half) + uint32_t(round) * kPhiloxStep[half];
-  }
-  return row;
+  const Noise noise = noise_of(uint64_t(*args.seed), uint64_t(args.streams[r]));
+  return {static_cast<const char *>(args.logits) + r * args.ld * size, args.scale, args.softcap, noise};
 }
 
 // Sums merge in the order of the columns, and of equal keys the lower column stays.

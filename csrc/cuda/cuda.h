@@ -16,6 +16,7 @@ struct DeviceLimits {
   int max_cluster;         // blocks that can share a row: 1 below sm_90
   size_t shared_per_block; // bytes of dynamic shared memory that a block may have
   size_t shared_per_multiprocessor;
+  int capability; // 90 is sm_90
 };
 
 int device_count();                  // 0 where there is no driver

@@ -33,6 +33,8 @@ const DeviceLimits &device_limits(int device) {
     limits.max_cluster = attribute(cudaDevAttrClusterLaunch, device) ? 8 : 1; // 8 is the portable cluster size
     limits.shared_per_block = size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     limits.shared_per_multiprocessor = size_t(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    limits.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                        attribute(cudaDevAttrComputeCapabilityMinor, device);
     limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   }
   return limits;

@@ -1,6 +1,6 @@
 """Fused loss and head kernels for PyTorch: large-vocabulary softmax without the logits, drop-in for torch.nn losses."""
 
-from . import contrastive, functional, losses, nn, terms
+from . import contrastive, functional, losses, nn, quant, terms
 from .device_checks import check_device_targets
 from .distillation_modules import boundary_distillation, multi_aspect_distillation
 from .engine import linear_row_stats, row_stats
@@ -79,6 +79,7 @@ __all__ = [
     "pair_map",
     "pair_nll",
     "pair_stats",
+    "quant",
     "region_loss",
     "region_stats",
     "row_loss",

@@ -25,6 +25,8 @@ FLAGS = {
 }
 CACHE = ROOT / "build" / "cuda_host"  # the tree's own: a folder that others can write to could hold any library
 
+BITS = ("bgemm", "hamming_topk")  # `only="bits"`: these, and bits_capi.cpp
+
 Patch = tuple[str, str, str]
 """A file of csrc/cuda, a text that stands in it exactly once, and what replaces it."""
 
@@ -68,9 +70,10 @@ def sources(patches: Sequence[Patch] = ()) -> dict[str, str]:
 def build(
     variant: str = "plain", patches: Sequence[Patch] = (), program: str | None = None, only: str | None = None
 ) -> Path:
-    """The shared library of the kernels (`only`: row_stats or row_terms) and capi.cpp, or an executable of `program`."""
+    """The shared library of the kernels (`only`: row_stats, row_terms or bits) and capi.cpp, or an executable of `program`."""
     texts = sources(patches)
-    texts["capi.cpp"] = (HERE / "capi.cpp").read_text() if program is None else program
+    capi = "bits_capi.cpp" if only == "bits" else "capi.cpp"
+    texts["capi.cpp"] = (HERE / capi).read_text() if program is None else program
     key = hashlib.sha256(repr((variant, FLAGS[variant], texts, only)).encode()).hexdigest()[:20]
     out = CACHE / f"{key}.{'so' if program is None else 'exe'}"
     if out.exists():
@@ -84,7 +87,8 @@ def build(
         made = Path(work) / "made"
         kernels = [f"{work}/{name}" for name in texts if name.endswith(".cu") and name != "device.cu"]
         if only:
-            kernels = [f"-DONLY_{only}", f"{work}/{only}.cu"]
+            names = BITS if only == "bits" else (only,)
+            kernels = [f"-DONLY_{only}", *(f"{work}/{name}.cu" for name in names)]
         kind = ["-fPIC", "-shared", *kernels] if program is None else []
         warnings = "-Wall -Wextra -Wno-unused -Wno-unknown-pragmas".split()
         # Without gnu-unique every library has its own emulator, however many one process loads.
@@ -111,6 +115,7 @@ def load(path: Path) -> ctypes.CDLL:
     """The library, with the types of what it returns."""
     library = ctypes.CDLL(str(path))
     for name in (
+        "c_bgemm",
         "c_edge_dot",
         "c_edge_sum",
         "c_launch",
@@ -122,6 +127,7 @@ def load(path: Path) -> ctypes.CDLL:
         "c_scale",
         "c_terms",
         "c_terms_run",
+        "c_topk",
         "c_why_not",
     ):
         if hasattr(library, name):  # a library of one kernel has not all

@@ -76,6 +76,7 @@ class Limits(ctypes.Structure):
         ("max_cluster", int32),
         ("shared_per_block", ctypes.c_size_t),
         ("shared_per_multiprocessor", ctypes.c_size_t),
+        ("capability", int32),
     ]
 
 

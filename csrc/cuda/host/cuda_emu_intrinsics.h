@@ -240,6 +240,8 @@ template <class A, class B> std::common_type_t<A, B> max(A a, B b) {
 }
 [[noreturn]] inline void __trap(EMU_AT) { emu::fail("__trap, %s:%d", file_, line_); }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __int2float_rn(int x) { return float(x); }
 
 // ---- the PTX wrappers of common.cuh
 namespace fastloss {

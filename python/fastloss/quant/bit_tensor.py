@@ -1,4 +1,5 @@
-"""Rows of low-bit integers as planes of bits: the one layout of all bit kernels (docs/design.md, "The bit contract")."""
+"""Rows of low-bit integers as planes of bits: the one layout of all bit kernels (docs/design.md, "The bit
+contract")."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from .contract import row_bytes
 class BitTensor(NamedTuple):
     """Rows of integers, value = offset + sum over p of weights_p bit_p, times a scale.
 
-    A named tuple of tensors and plain numbers, so that `torch.compile`, pytrees and `torch.save` / `torch.load` take it as it is.
+    A named tuple of tensors and plain numbers, so that `torch.compile`, pytrees and `torch.save` / `torch.load` take
+    it as it is.
     Made by `pack_bits`, `pack_ternary` and `pack_codes`; `unpack_bits` is the way back.
 
     Attributes:
-        planes: uint8 [P, ..., B], B = 64 ceil(K / 512); bit k of a row is bit k mod 8 of byte k div 8, bits from K on are 0.
+        planes: uint8 [P, ..., B], B = 64 ceil(K / 512); bit k of a row is bit k mod 8 of byte k div 8, bits from K on
+            are 0.
         popcounts: int32 [P, ...], the ones of each row.
         scale: float32 [R, G] (R rows, or 1 for all; G groups of `group` columns, 1 if group is 0), or None for 1.
         columns: K.

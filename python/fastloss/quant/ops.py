@@ -104,7 +104,7 @@ _define(
 
 _QUANTIZER = (
     "Tensor scale, Tensor? offset, Tensor? zero_point, int groups, int inner, float low, float high, float steps,"
-    " float shift"
+    " float shift, bool rounded"
 )
 _define(f"fake_quant(Tensor x, {_QUANTIZER}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 _define(
@@ -127,6 +127,11 @@ _define(
 _define(
     "dequantize_groups(Tensor codes, Tensor low, Tensor step, int n, int group, int bits, ScalarType dtype) -> Tensor",
     lambda codes, low, step, n, group, bits, dtype: codes.new_empty(n, dtype=dtype),
+)
+
+_define(
+    "nearest_key(Tensor x, Tensor keys) -> Tensor",
+    lambda x, keys: x.new_empty(x.shape[0], dtype=torch.int64),
 )
 
 from . import cpp, cuda, reference_bits, reference_groups, reference_quant, triton  # noqa: E402,F401  (they register their kernels)

@@ -122,7 +122,7 @@ def hamming_topk(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc = products(a, b, columns, a_weights, a_offset, b_weights, b_offset)
     score = acc.int() if b_scale is None else acc.float() * b_scale
-    order = torch.argsort(score, dim=1, descending=True, stable=True)[:, :count]
+    order = torch.argsort(score, dim=1, descending=True, stable=True)[:, :count].contiguous()
     return score.gather(1, order), order
 
 

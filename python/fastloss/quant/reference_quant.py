@@ -119,32 +119,33 @@ def binarize_backward(
 
 def _levels(
     x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int, low: float,
-    high: float, steps: float, shift: float,
+    high: float, steps: float, shift: float, rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(v, q, inside)."""
     zero = spread(zero_point, x, groups, inner, 0.0)
     below, above = torch.as_tensor(low - zero, device=x.device), torch.as_tensor(high - zero, device=x.device)
     v = (x.to(wide(x)) - spread(offset, x, groups, inner, 0.0)) / spread(scale, x, groups, inner, 1.0)
     q = ((v.clamp(below.to(v), above.to(v)) * steps - shift).round() + shift) / steps
-    return v, q, (v >= below) & (v <= above)
+    at = v.round() if rounded else v
+    return v, q, (at >= below) & (at <= above)
 
 
 @kernel("fake_quant", "reference")
 def fake_quant(
     x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int, low: float,
-    high: float, steps: float, shift: float,
+    high: float, steps: float, shift: float, rounded: bool,
 ) -> Tensor:  # fmt: skip
-    _, q, _ = _levels(x, scale, offset, zero_point, groups, inner, low, high, steps, shift)
+    _, q, _ = _levels(x, scale, offset, zero_point, groups, inner, low, high, steps, shift, rounded)
     return (q * spread(scale, x, groups, inner, 1.0) + spread(offset, x, groups, inner, 0.0)).to(x.dtype)
 
 
 @kernel("fake_quant_backward", "reference")
 def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int,
-    low: float, high: float, steps: float, shift: float, needs: int,
+    low: float, high: float, steps: float, shift: float, rounded: bool, needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     g, none = grad.to(wide(grad)), grad.new_empty(0, dtype=wide(grad))
-    v, q, inside = _levels(x, scale, offset, zero_point, groups, inner, low, high, steps, shift)
+    v, q, inside = _levels(x, scale, offset, zero_point, groups, inner, low, high, steps, shift, rounded)
     return (
         torch.where(inside, g, 0.0).to(grad.dtype) if needs & Grad.X else grad.new_empty(0),
         group_sums(g * torch.where(inside, q - v, q), groups, inner) if needs & Grad.SCALE else none,

@@ -1,0 +1,207 @@
+"""Binarisation with a surrogate gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import batched, functorch_active
+from . import ops, reference_quant
+from .bit_tensor import BitTensor
+from .bits import pack_bits
+from .contract import Grad, Save, Surrogate
+from .layout import Layout, check_parameter, layout_of, rows_of
+from .surrogates import SurrogateFunction, surrogate_of
+
+_ops = torch.ops.fastloss
+SAVES = ("auto", "exact", "mask", "u8")
+
+
+def _saved(save: str, surrogate: SurrogateFunction) -> int:
+    """The flag of what the backward reads beside the signs; NOTHING: x itself, or nothing for the identity."""
+    if save not in SAVES:
+        raise ValueError(f"save must be one of {', '.join(SAVES)}, got {save!r}")
+    kind = surrogate.kind
+    if save == "mask" and kind not in (Surrogate.CLIP, Surrogate.IDENTITY):
+        raise ValueError(f"save='mask' holds a slope of 0 or 1 (clip, identity), got {kind.name.lower()}")
+    if save == "u8" and kind == Surrogate.BIPER:
+        raise ValueError("save='u8' needs a slope that is 0 beyond some |u|; biper's is not")
+    if kind == Surrogate.IDENTITY or save == "exact":
+        return Save.NOTHING
+    if save == "u8":
+        return Save.CODES
+    return Save.MASK if save == "mask" or kind == Surrogate.CLIP else Save.NOTHING
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, shift, scale, layout, surrogate, kept = inputs
+    _, signs, mask, codes = output
+    ctx.mark_non_differentiable(signs, mask, codes)
+    needs_scale = scale is not None and scale.requires_grad
+    exact = kept == Save.NOTHING and (surrogate.kind != Surrogate.IDENTITY or needs_scale)
+    ctx.save_for_backward(x if exact else None, shift, scale, signs, mask, codes)
+    ctx.layout, ctx.surrogate, ctx.kept, ctx.shape = layout, surrogate, kept, x.shape
+
+
+def _forward(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, layout: Layout, surrogate: SurrogateFunction, kept: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    signs = Save.SIGNS if kept and scale is not None and scale.requires_grad else Save.NOTHING
+    y, signs, _, mask, codes = _ops.binarize.default(
+        rows_of(x), shift, scale, *layout, *_numbers(surrogate), int(Save.DENSE | signs | kept)
+    )
+    return y.reshape(x.shape), signs, mask, codes
+
+
+def _numbers(surrogate: SurrogateFunction) -> tuple[int, float, float]:
+    return int(surrogate.kind), surrogate.p0, surrogate.p1
+
+
+def _given(t: Tensor) -> Tensor | None:
+    return t if t.numel() else None
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, shift, scale, signs, mask, codes = ctx.saved_tensors
+    order = zip((Grad.X, Grad.SHIFT, Grad.SCALE), ctx.needs_input_grad, strict=False)
+    needs = int(sum(flag for flag, needed in order if needed))
+    again = torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(grad))
+    run = reference_quant.binarize_backward if again else _ops.binarize_backward.default
+    dx, dscale, dshift = run(
+        rows_of(grad), None if x is None else rows_of(x), _given(signs), _given(mask), _given(codes), shift, scale,
+        *ctx.layout, *_numbers(ctx.surrogate), needs,
+    )  # fmt: skip
+    return (
+        dx.reshape(ctx.shape) if needs & Grad.X else None,
+        of_parameter(dshift, shift) if needs & Grad.SHIFT else None,
+        of_parameter(dscale, scale) if needs & Grad.SCALE else None,
+        None, None, None,
+    )  # fmt: skip
+
+
+def of_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter of groups, or of one number that all groups share."""
+    return (gradient.sum().reshape(1) if parameter.numel() == 1 else gradient).to(parameter.dtype)
+
+
+class _Binarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+class _BinarizeFunctorch(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _forward(*inputs)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+
+def mean_magnitude(x: Tensor, dim: int | None, center: Tensor | None = None) -> Tensor:
+    """mean |x - center| of each index of `dim` [groups], or of all of x [1]; float32, float64 for float64."""
+    wide = x.to(ops.wide(x))
+    if dim is None:
+        flat = wide.reshape(1, -1)
+    else:
+        flat = wide.movedim(dim, 0).flatten(1) if x.dim() > 1 else wide.reshape(-1, 1)
+    if center is not None:
+        flat = flat - center[:, None]
+    return torch.linalg.vector_norm(flat, 1, 1) / max(1, flat.shape[1])
+
+
+def _statistics(
+    x: Tensor, scale: str | Tensor | None, center: bool, shift: Tensor | None, dim: int, detach: bool
+) -> tuple[Tensor | None, Tensor | None, int | None]:
+    """(scale, shift, dim of both)."""
+    if isinstance(scale, str) and scale not in ("mean", "row"):
+        raise ValueError(f'scale must be None, "mean", "row" or a tensor, got {scale!r}')
+    if center and shift is not None:
+        raise ValueError("center makes its own shift: give one of them")
+    along = None if isinstance(scale, str) and scale == "mean" else dim
+    if center:
+        wide = x.to(ops.wide(x))
+        shift = wide.mean().reshape(1) if along is None else wide.movedim(along, 0).reshape(x.shape[along], -1).mean(1)
+        shift = shift.detach() if detach else shift
+    if isinstance(scale, str):
+        scale = mean_magnitude(x, along, shift if center else None)
+        scale = scale.detach() if detach else scale
+    return scale, shift, dim
+
+
+def binarize(
+    x: Tensor,
+    surrogate: str | SurrogateFunction = "clip",
+    *,
+    scale: str | Tensor | None = None,
+    center: bool = False,
+    shift: Tensor | None = None,
+    dim: int = 0,
+    detach: bool = True,
+    save: str = "auto",
+    packed: bool = False,
+) -> Tensor | BitTensor:
+    """y = scale sign(u), u = x - shift, with the gradient of scale F(u), F the surrogate's function
+    (`fastloss.quant.surrogates`).
+
+    Args:
+        x: any shape; float32, float16, bfloat16 (float64 by PyTorch operations). sign(0) = sign(-0.0) = +1, sign(NaN)
+            = -1.
+        surrogate: "clip", "identity", "approx" ("bireal", "react"), "reste", "biper", "swish", "fda", or one with its
+            own numbers.
+        scale: None (1); "mean": mean |x| of all of x; "row": of each index of `dim`; or a tensor of 1 or x.shape[dim]
+            numbers (learned).
+        center: shift = the mean of all of x (scale="mean") or of each index of `dim`; the scale is then mean |x -
+            shift|.
+        shift: a tensor of 1 or x.shape[dim] numbers (ReActNet's learned shift), or None.
+        dim: the dimension along which scale and shift differ: 0 for weights [out, ...], 1 for NCHW, -1 for features.
+        detach: whether the statistics that "mean", "row" and `center` make are constants in the backward (XNOR-Net,
+            BiViT) or not (ReSTE).
+        save: what the backward reads: "exact" x; "mask" one bit an element (clip, identity); "u8" |u| in 255 levels,
+            whose slope is that of
+            the nearest level; "auto": mask where it is exact (clip), nothing for identity, else x.
+        packed: the signs as a BitTensor of rows of the last dimension, with the scale, and no gradient.
+
+    Raises ValueError and TypeError. Sources of the surrogates: `fastloss.quant.surrogates`; scales and centring:
+    "BiBench: Benchmarking and
+    Analyzing Network Binarization".
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    function = surrogate_of(surrogate)
+    kept = _saved(save, function)
+    scale, shift, along = _statistics(x, scale, center, shift, dim, detach)
+    many = any(p is not None and p.numel() != 1 for p in (scale, shift))
+    layout = layout_of(x, along if many else None)
+    scale, shift = check_parameter("scale", scale, layout, x), check_parameter("shift", shift, layout, x)
+    if packed:
+        return _packed(x, function, scale, shift, layout)
+    apply = (_BinarizeFunctorch if functorch_active() else _Binarize).apply
+    return apply(x, shift, scale, layout, function, kept)[0]
+
+
+def _packed(
+    x: Tensor, function: SurrogateFunction, scale: Tensor | None, shift: Tensor | None, layout: Layout
+) -> BitTensor:
+    for name, parameter in (("scale", scale), ("shift", shift)):
+        if parameter is not None and parameter.numel() != 1 and layout.inner % max(1, x.shape[-1]):
+            raise ValueError(f"packed=True takes a {name} of rows of the last dimension, not of its columns")
+
+    def of_rows(parameter: Tensor | None) -> Tensor | None:
+        if parameter is None or parameter.numel() == 1:
+            return parameter
+        return reference_quant.spread(parameter, x[..., :1], layout.groups, max(1, layout.inner // x.shape[-1]), 0.0)  # type: ignore[return-value]
+
+    if function.kind == Surrogate.BIPER:
+        u = x.to(ops.wide(x)) - reference_quant.spread(shift, x, *layout, 0.0)
+        x, shift = torch.sin(function.p0 * u), None
+    return pack_bits(x, center=of_rows(shift), scale=of_rows(scale))
