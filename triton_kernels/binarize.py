@@ -24,6 +24,7 @@ from .bit_tiles import (
     matrix,
     packed_bytes,
     parameter,
+    period,
     round_half_even,
     store_bytes,
     store_sum,
@@ -176,7 +177,7 @@ def binarize(
             binarize_kernel[tiles.grid](
                 x, _numbers(shift), _numbers(scale), *(t if save & bit else None for t, bit in ((y, DENSE), (signs, SIGNS),
                 (ones, SIGNS), (mask, MASK), (codes, CODES))), rows, columns, row_bytes, tiles.steps, x.stride(0), groups,
-                max(inner, 1), stride(shift), stride(scale), float(p0), float(p1), _waves(p1), limit, SURROGATE=surrogate,
+                period(columns, groups, inner), stride(shift), stride(scale), float(p0), float(p1), _waves(p1), limit, SURROGATE=surrogate,
                 FORM=form(columns, groups, inner), ROWS=tiles.rows, COLUMNS=tiles.columns, **LAUNCH,
             )  # fmt: skip
     return y, signs, ones[0] if ones.shape[0] == 1 else ones.sum(0, dtype=torch.int32), mask, codes
@@ -203,7 +204,7 @@ def binarize_backward(
     with on_device(grad):
         binarize_gradient_kernel[tiles.grid](
             grad, x, signs, mask, codes, _numbers(shift), _numbers(scale), dx if needs & NEEDS_X else None, *sums, rows, columns,
-            row_bytes, tiles.steps, grad.stride(0), 0 if x is None else x.stride(0), groups, max(inner, 1), stride(shift),
+            row_bytes, tiles.steps, grad.stride(0), 0 if x is None else x.stride(0), groups, period(columns, groups, inner), stride(shift),
             stride(scale), float(p0), float(p1), _waves(p1), limit / 254, SURROGATE=surrogate, FORM=found, ROWS=tiles.rows,
             COLUMNS=tiles.columns, **LAUNCH,
         )  # fmt: skip

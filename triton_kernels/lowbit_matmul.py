@@ -26,6 +26,8 @@ from .lowbit_matmul_kernels import lowbit_matmul_kernel, lowbit_matmul_transpose
 #: Programs that fill any GPU when there are few rows. Not a property of the one at hand: sums do not depend on it.
 PROGRAMS = 512
 MERGE = 256
+#: Offsets in a tile are 32 bits, and a tile has up to 256 rows.
+WIDEST = 1 << 22
 
 
 def default_tile(rows: int, pieces: int, grouped: bool, tma: bool, capability: tuple[int, int]) -> Tile:
@@ -49,7 +51,12 @@ def operand(x: Tensor, pieces: int) -> tl.dtype:
     """What the matrix unit multiplies; the interpreter's dot knows no bfloat16."""
     if pieces == 1 and x.dtype in (torch.int8, torch.float16):
         return tl.int8 if x.dtype == torch.int8 else tl.float16
-    return tl.bfloat16 if x.is_cuda else tl.float32
+    return tl.float32 if x.device.type == "cpu" else tl.bfloat16
+
+
+def capability_of(x: Tensor) -> tuple[int, int]:
+    """(0, 0) in the interpreter."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
 
 
 def lowbit_matmul(
@@ -58,7 +65,8 @@ def lowbit_matmul(
     tma: bool | None = None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, R], or [M, K] if transposed."""
-    x, words = matrix(x), planes.contiguous().view(torch.int32)
+    x = matrix(x) if x.stride(0) <= WIDEST else x.contiguous()
+    words = planes.contiguous().view(torch.int32)
     m, r = x.shape[0], planes.shape[1]
     n, depth = (columns, r) if transposed else (r, columns)
     y = torch.empty(m, n, dtype=dtype, device=x.device)
@@ -72,7 +80,7 @@ def lowbit_matmul(
     if transposed and of_rows and pieces == 1:
         pieces = 3 if dtype == torch.float32 else 2  # 16 bits are enough for a result of 8 or 11
     group = 0 if scale is None else group
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    capability = capability_of(x)
     tma = takes_tma(x, pieces, capability) if tma is None else tma
     tile = tile or default_tile(m, pieces, group != 0, tma, capability)
     if group:  # a block of columns lies in one group
@@ -88,7 +96,8 @@ def lowbit_matmul(
     scale_row = scale.shape[1] if scale is not None and of_rows else 0
     sizes = (m, r, columns, words.shape[2], each, x.stride(0), scale_row)
     options = dict(
-        WEIGHTS=tuple(weights), OFFSET=offset, GROUP=group, SPLIT=splits > 1, TMA=tma, PIECES=pieces, DTYPE=operand(x, pieces),
+        WEIGHTS=tuple(weights), OFFSET=offset, GROUP=group, SPLIT=splits > 1, TMA=tma, EVEN=depth % tile.depth == 0,
+        PIECES=pieces, DTYPE=operand(x, pieces),
         BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     with on_device(x):

@@ -30,6 +30,18 @@ def weight_tile(words, r, column, R, row_words, WEIGHTS: tl.constexpr, OFFSET: t
 
 
 @triton.jit
+def rows_tile(x, row, column, M, K, stride_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
+    """x [ROWS, COLUMNS], 0 beyond column K. Rows are clamped, not masked, and offsets in a tile are 32 bits: 64-bit pointers and
+    a predicate for each element would cost the registers. EVEN: no block of columns is cut off."""
+    k = tl.arange(0, COLUMNS)
+    at = x + wide(row) * stride_x + column + (tl.minimum(tl.arange(0, ROWS), M - 1 - row)[:, None] * stride_x + k[None, :])
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(k < K - column)[None, :], other=0)
+
+
+@triton.jit
 def leading(x):
     """The upper 16 bits of an fp32 number: a bfloat16. A NaN stays one."""
     return tl.where(x == x, (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True), x)
@@ -68,8 +80,8 @@ def finish(value, m, n, keep, scale, x_scale, bias, scale_row, N):
 @triton.jit(do_not_specialize=["M", "R", "steps"])
 def lowbit_matmul_kernel(
     x, words, scale, x_scale, bias, y, M, R, K, row_words, steps, stride_x, scale_row, WEIGHTS: tl.constexpr, OFFSET: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y [M, R] = x [M, K] W^T. SPLIT: program (tile, s) sums `steps` blocks of columns only, and stores [splits, M, R] as they are.
     Consecutive programs share rows of x: of the two operands it is the large one."""
@@ -87,9 +99,7 @@ def lowbit_matmul_kernel(
         if TMA:
             a = x.load([row, column])
         else:
-            k = column + tl.arange(0, BK)
-            inside = (m < M)[:, None] & (k < K)[None, :]
-            a = tl.load(x + wide(m)[:, None] * stride_x + k[None, :], mask=inside, other=0)
+            a = rows_tile(x, row, column, M, K, stride_x, BM, BK, EVEN)
         acc = product(a, w, acc, PIECES, DTYPE)
         if GROUP != 0:
             if (column + BK) % GROUP == 0 or column + BK >= K:
@@ -116,8 +126,8 @@ def lowbit_matmul_kernel(
 @triton.jit(do_not_specialize=["M", "R", "steps"])
 def lowbit_matmul_transposed_kernel(
     x, words, scale, y, M, R, K, row_words, steps, stride_x, scale_row, WEIGHTS: tl.constexpr, OFFSET: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT: tl.constexpr, OF_ROWS: tl.constexpr, TMA: tl.constexpr, PIECES: tl.constexpr,
-    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, OF_ROWS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    PIECES: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y [M, K] = (x [M, R] scale) W; a tile of columns lies in one group. OF_ROWS: each row of W has scales of its own."""
     blocks = tl.cdiv(K, BN)
@@ -136,8 +146,7 @@ def lowbit_matmul_transposed_kernel(
         if TMA:
             a = x.load([row, first])
         else:
-            inside = (m < M)[:, None] & (k < R)[None, :]
-            a = tl.load(x + wide(m)[:, None] * stride_x + k[None, :], mask=inside, other=0)
+            a = rows_tile(x, row, first, M, R, stride_x, BM, BK, EVEN)
         if OF_ROWS:
             a = a.to(tl.float32) * tl.load(scale + r * scale_row + group)[None, :]
         acc = product(a, w, acc, PIECES, DTYPE)

@@ -17,6 +17,8 @@ from .reference_quant import limit
 #: Indices of columns are 32 bits.
 LARGEST = 1 << 30
 MOST_PLANES = 4
+#: Columns of the rows that lowbit_matmul multiplies: offsets in a tile are 32 bits.
+WIDEST = 1 << 22
 #: Columns whose int8 products cannot leave int32.
 LONGEST_INTEGER = (1 << 31) // (128 * 127) - 1
 
@@ -64,19 +66,19 @@ def _groups(x: Tensor, groups: int, inner: int, *parameters: Tensor | None) -> s
 def _why_not_pack(
     x: Tensor, kind: int, center: Tensor | None, scale: Tensor | None, group: int, low: int, planes: int
 ) -> str | None:
-    wanted = {Pack.SIGN: 1, Pack.TERNARY: 2}.get(Pack(kind), planes)
-    if planes != wanted or not 0 < planes <= MOST_PLANES:
-        return f"makes {wanted if wanted <= MOST_PLANES else MOST_PLANES} planes of kind {kind}, got planes={planes}"
+    if not 0 < planes <= MOST_PLANES:
+        return f"makes 1 to {MOST_PLANES} planes, got planes={planes}"
     return _matrix("x", x) or next(
         filter(None, (_table(name, t, *x.shape, group) for name, t in (("center", center), ("scale", scale)))), None
     )
 
 
 @kernel("pack_bits", "triton", _why_not_pack)
-def pack_bits(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def pack_bits(x: Tensor, kind: int, *args: Any) -> tuple[Tensor, Tensor]:
     from ..triton_kernels import pack_bits as kernels
 
-    return kernels.pack_bits(x, *args, row_bytes(x.shape[1]))
+    planes = {Pack.SIGN: 1, Pack.TERNARY: 2}.get(Pack(kind), args[-1])
+    return kernels.pack_bits(x, int(kind), *args[:-1], planes, row_bytes(x.shape[1]))
 
 
 def _why_not_unpack(
@@ -103,8 +105,8 @@ def _why_not_lowbit(
     depth, rows = (planes.shape[1], None) if transposed else (columns, planes.shape[1])
     if dtype not in DTYPES or (x.dtype not in DTYPES and not integer):
         return f"takes float32, float16, bfloat16 or int8 rows and makes the first three, got {x.dtype} and {dtype}"
-    if x.dim() != 2 or x.shape[1] != depth or depth > LARGEST:
-        return f"takes x [M, {depth}] with up to {LARGEST} columns, got {list(x.shape)}"
+    if x.dim() != 2 or x.shape[1] != depth or depth > WIDEST:
+        return f"takes x [M, {depth}] with up to {WIDEST} columns, got {list(x.shape)}"
     if integer and (transposed or depth > LONGEST_INTEGER):
         return f"takes int8 rows of up to {LONGEST_INTEGER} columns, not transposed, got {depth} and transposed={transposed}"
     if x_scale is not None and (not integer or x_scale.numel() != x.shape[0]):
