@@ -38,7 +38,7 @@ def default_tile(rows: int, pieces: int, grouped: bool, tma: bool, capability: t
         return Tile(64, 64, 64, 4, 3) if rows <= 64 else Tile(64, 128, 64, 8, 3)
     if tma and not grouped and capability[0] == 9:
         return Tile(256, 128, 64, 8, 3)
-    return Tile(128, 128, 64, 8, 3)
+    return Tile(128, 64 if grouped and capability[0] >= 10 else 128, 64, 8, 3)
 
 
 def takes_tma(x: Tensor, pieces: int, capability: tuple[int, int]) -> bool:
