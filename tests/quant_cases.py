@@ -30,14 +30,21 @@ PARAMETERS = {
     Surrogate.BIPER: (2.0, 0.0), Surrogate.SWISH: (5.0, 0.0), Surrogate.FDA: (2.5, 3.0),
 }  # fmt: skip
 #: (low, high, steps, shift, rounded): LSQ, SEQ, SEQ's ternary, affine.
-LEVELS = ((-4.0, 3.0, 1.0, 0.0, False), (-0.99, 0.99, 4.0, 0.5, False), (-0.99, 0.99, 1.5, 0.0, False), (0.0, 15.0, 1.0, 0.0, True))
+LEVELS = (
+    (-4.0, 3.0, 1.0, 0.0, False),
+    (-0.99, 0.99, 4.0, 0.5, False),
+    (-0.99, 0.99, 1.5, 0.0, False),
+    (0.0, 15.0, 1.0, 0.0, True),
+)
 
 Case = tuple[str, tuple[Any, ...]]
 
 
 def numbers(rows: int, columns: int, dtype: torch.dtype = torch.float32, hard: bool = True) -> Tensor:
     """Random numbers; `hard`: some are 0, -0, NaN or infinite. Rows lie apart: no kernel may take them for contiguous."""
-    x = torch.randn(rows, columns + 3, generator=torch.Generator().manual_seed(rows * 31 + columns)).to(dtype)[:, :columns]
+    x = torch.randn(rows, columns + 3, generator=torch.Generator().manual_seed(rows * 31 + columns)).to(dtype)[
+        :, :columns
+    ]
     if hard and x.numel():
         special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf")], dtype=dtype)
         at = torch.linspace(0, x.numel() - 1, 5).long()
@@ -154,8 +161,16 @@ def lowbit_cases(dtype: torch.dtype, rows: tuple[int, ...] = (1, 20, 70)) -> Ite
             x = x.clamp(-128, 127).to(dtype)
             x_scale = uniform(m) if integer else None
             out, bias = torch.float32 if integer else dtype, None if transposed else uniform(n)
-            for scale, group in ((None, 0), (uniform(n, 1), 0), (uniform(n, -(-columns // 64)), 64), (uniform(1, 1), 0)):
-                yield "lowbit_matmul", (x, planes, columns, weights, offset, scale, group, transposed, x_scale, bias, out)
+            for scale, group in (
+                (None, 0),
+                (uniform(n, 1), 0),
+                (uniform(n, -(-columns // 64)), 64),
+                (uniform(1, 1), 0),
+            ):
+                yield (
+                    "lowbit_matmul",
+                    (x, planes, columns, weights, offset, scale, group, transposed, x_scale, bias, out),
+                )
 
 
 CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
@@ -176,10 +191,14 @@ def check(backend: str, op: str, args: tuple[Any, ...], device: str = "cpu") -> 
     """Bits, codes and dense results are those of the reference; sums and products are as close as fp32 and their dtype allow."""
     got, wanted = run(backend, op, args, device), run("reference", op, args)
     for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
-        assert a.shape == b.shape and a.dtype == b.dtype, f"{op}, result {i}: {a.dtype} {a.shape}, not {b.dtype} {b.shape}"
+        assert a.shape == b.shape and a.dtype == b.dtype, (
+            f"{op}, result {i}: {a.dtype} {a.shape}, not {b.dtype} {b.shape}"
+        )
         exact = op not in ("binarize_backward", "lowbit_matmul") and not (op == "fake_quant_backward" and i)
         if exact:
-            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) and torch.equal(a.isnan(), b.isnan()), f"{op}, result {i}"
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) and torch.equal(a.isnan(), b.isnan()), (
+                f"{op}, result {i}"
+            )
         elif i and b.numel():  # a sum: as close as its terms allow
             size = 1.0 + args[0].double().abs().sum()
             apart = (a.double() - b.double()).abs().max() / size
@@ -187,4 +206,6 @@ def check(backend: str, op: str, args: tuple[Any, ...], device: str = "cpu") -> 
         elif b.numel():
             size = 1.0 + b.double().abs().max()
             apart = (a.double() - b.double()).abs().max() / size
-            assert apart <= 4 * torch.finfo(b.dtype).eps + 1e-6, f"{op}, result {i}: {float(apart):.3g} apart of {float(size):.3g}"
+            assert apart <= 4 * torch.finfo(b.dtype).eps + 1e-6, (
+                f"{op}, result {i}: {float(apart):.3g} apart of {float(size):.3g}"
+            )

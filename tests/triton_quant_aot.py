@@ -48,9 +48,7 @@ def _bits(rows: int, planes: int = 1) -> Tensor:
 
 
 def _pack(dtype: torch.dtype, kind: int, planes: int, scale: Tensor | None = None, group: int = 0) -> None:
-    pack_bits.pack_bits(
-        _new(ROWS, COLUMNS, dtype=dtype), kind, None, scale, group, -3, planes, row_bytes(COLUMNS)
-    )
+    pack_bits.pack_bits(_new(ROWS, COLUMNS, dtype=dtype), kind, None, scale, group, -3, planes, row_bytes(COLUMNS))
 
 
 def _unpack(dtype: torch.dtype, planes: int, group: int) -> None:

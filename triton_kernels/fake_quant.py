@@ -124,10 +124,19 @@ class Launch:
         self.form = form(self.columns, groups, inner)
         self.walk = walk(self.rows, self.columns, sums and self.form == OF_COLUMNS.value)
         self.parameters = [None if t is None else t.float().contiguous() for t in given]
-        self.sizes = (self.rows, self.columns, self.walk.steps, groups, period(self.columns, groups, inner), *map(stride, given))
+        self.sizes = (
+            self.rows,
+            self.columns,
+            self.walk.steps,
+            groups,
+            period(self.columns, groups, inner),
+            *map(stride, given),
+        )
         self.numbers = (float(low), float(high), float(steps), float(shift))
         plain = steps == 1 and shift == 0
-        self.options = dict(FORM=self.form, PLAIN=plain, ROUNDED=rounded, ROWS=self.walk.rows, COLUMNS=self.walk.columns, **LAUNCH)
+        self.options = dict(
+            FORM=self.form, PLAIN=plain, ROUNDED=rounded, ROWS=self.walk.rows, COLUMNS=self.walk.columns, **LAUNCH
+        )
 
 
 def fake_quant(

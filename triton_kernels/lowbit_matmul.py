@@ -34,8 +34,12 @@ def default_tile(rows: int, pieces: int, grouped: bool, tma: bool, capability: t
     """The largest tile that does not spill; for few rows, one whose registers hold more bits than sums."""
     if rows <= 16:
         return Tile(16, 32, 128, 4, 3)
-    if rows <= 64 or pieces > 1:
-        return Tile(64, 64, 64, 4, 3) if rows <= 64 else Tile(64, 128, 64, 8, 3)
+    if rows <= 64:
+        return Tile(64, 64, 64, 4, 3)
+    if capability[0] < 9:  # sums and operands share the registers
+        return Tile(64, 64, 32, 8, 3) if pieces > 1 else Tile(128, 64, 32, 8, 3)
+    if pieces > 1:
+        return Tile(64, 128, 64, 8, 3)
     if tma and not grouped and capability[0] == 9:
         return Tile(256, 128, 64, 8, 3)
     return Tile(128, 64 if grouped and capability[0] >= 10 else 128, 64, 8, 3)
@@ -84,14 +88,20 @@ def lowbit_matmul(
     tma = takes_tma(x, pieces, capability) if tma is None else tma
     tile = tile or default_tile(m, pieces, group != 0, tma, capability)
     if group:  # a block of columns lies in one group
-        tile = tile._replace(**{"columns" if transposed else "depth": math.gcd(group, tile.columns if transposed else tile.depth)})
+        tile = tile._replace(
+            **{"columns" if transposed else "depth": math.gcd(group, tile.columns if transposed else tile.depth)}
+        )
     blocks, steps = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns), triton.cdiv(depth, tile.depth)
     wanted = splits or (max(1, PROGRAMS // blocks) if m <= 64 else 1)
     whole = group // tile.depth if group and not transposed else 1  # a split holds whole groups
     each = triton.cdiv(triton.cdiv(steps, min(wanted, steps)), whole) * whole
     splits = triton.cdiv(steps, each)
     integer = x.dtype == torch.int8 and group == 0
-    out = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.int32 if integer else torch.float32, device=x.device)
+    out = (
+        y
+        if splits == 1
+        else torch.empty(splits, m, n, dtype=torch.int32 if integer else torch.float32, device=x.device)
+    )
     source = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]) if tma else x
     scale_row = scale.shape[1] if scale is not None and of_rows else 0
     sizes = (m, r, columns, words.shape[2], each, x.stride(0), scale_row)
@@ -102,7 +112,9 @@ def lowbit_matmul(
     )  # fmt: skip
     with on_device(x):
         if transposed:
-            lowbit_matmul_transposed_kernel[(blocks, splits)](source, words, scale, out, *sizes, OF_ROWS=of_rows, **options)
+            lowbit_matmul_transposed_kernel[(blocks, splits)](
+                source, words, scale, out, *sizes, OF_ROWS=of_rows, **options
+            )
         else:
             lowbit_matmul_kernel[(blocks, splits)](source, words, scale, x_scale, bias, out, *sizes, **options)
         if splits > 1:

@@ -34,7 +34,12 @@ def rows_tile(x, row, column, M, K, stride_x, ROWS: tl.constexpr, COLUMNS: tl.co
     """x [ROWS, COLUMNS], 0 beyond column K. Rows are clamped, not masked, and offsets in a tile are 32 bits: 64-bit pointers and
     a predicate for each element would cost the registers. EVEN: no block of columns is cut off."""
     k = tl.arange(0, COLUMNS)
-    at = x + wide(row) * stride_x + column + (tl.minimum(tl.arange(0, ROWS), M - 1 - row)[:, None] * stride_x + k[None, :])
+    at = (
+        x
+        + wide(row) * stride_x
+        + column
+        + (tl.minimum(tl.arange(0, ROWS), M - 1 - row)[:, None] * stride_x + k[None, :])
+    )
     if EVEN:
         return tl.load(at)
     else:

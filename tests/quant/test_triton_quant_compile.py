@@ -25,7 +25,14 @@ MAY_SPILL = {
 def cases() -> list[QuantCase]:
     """Every call in bfloat16 for sm_90; products for every GPU and dtype."""
     made = [QuantCase(name, "bf16", "sm_90") for name in CALLS]
-    everywhere = ("lowbit large", "lowbit ternary groups", "lowbit one row", "lowbit transposed", "pack codes", "codec 8 bits")
+    everywhere = (
+        "lowbit large",
+        "lowbit ternary groups",
+        "lowbit one row",
+        "lowbit transposed",
+        "pack codes",
+        "codec 8 bits",
+    )
     made += [QuantCase(name, "bf16", target) for target in ("sm_80", "sm_100") for name in everywhere]
     made += [QuantCase("lowbit large", "int8", target) for target in SHARED_LIMIT]
     made += [QuantCase(name, "int8", "sm_90") for name in ("lowbit ternary groups", "lowbit one row of groups")]

@@ -156,7 +156,9 @@ def _why_not_binarize_backward(
     ):  # fmt: skip
         if t is not None and tuple(t.shape) != tuple(shape):
             return f"takes {name} {list(shape)}, got {list(t.shape)}"
-    return _matrix("grad", grad) or (None if x is None else _number("x", x)) or _groups(grad, groups, inner, shift, scale)
+    return (
+        _matrix("grad", grad) or (None if x is None else _number("x", x)) or _groups(grad, groups, inner, shift, scale)
+    )
 
 
 @kernel("binarize_backward", "triton", _why_not_binarize_backward)
