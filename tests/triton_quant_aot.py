@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from fastloss.quant.contract import row_bytes
 from fastloss.triton_kernels import binarize, fake_quant, lowbit_matmul, pack_bits, quantize_groups, unpack_bits
 from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastloss.quant.contract import row_bytes
 from triton_aot import CAPABILITY, Cost, measure
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}

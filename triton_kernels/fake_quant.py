@@ -1,7 +1,8 @@
 """fake_quant and its backward; docs/design.md, "The bit contract".
 
-Bytes moved: x read and y written; backward: grad and x read, dx written. 16384 x 8192 in bf16 on an H200: 537 MB, 0.12-0.16 ms, and
-805 MB, 0.18-0.24 ms; a true division and a rounding are some 20 instructions an element, about what the memory leaves time for.
+Bytes moved: x read and y written; backward: grad and x read, dx written. 16384 x 8192 in bf16 on an H200: 537 MB, 0.12-0.16 ms,
+and 805 MB, 0.18-0.24 ms; a true division and a rounding are some 20 instructions an element, about what the memory leaves
+time for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .bit_tiles import (
     tile_start,
     walk,
 )
-from .common import on_device, wide
+from .common import on_device
 
 NEEDS_X, NEEDS_SCALE, NEEDS_OFFSET = 1, 2, 4  # bits of `needs`
 #: Groups of fewer elements lie side by side in a row of a tile.
@@ -66,8 +67,8 @@ def fake_quant_kernel(
         inside = (r < R)[:, None] & (c < K)[None, :]
         number = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         _, q, _, size, middle = level(
-            number, scale, offset, zero_point, r, c, r < R, c < K, groups, inner, K, stride_scale, stride_offset, stride_zero, low,
-            high, steps, shift, FORM, PLAIN, ROUNDED,
+            number, scale, offset, zero_point, r, c, r < R, c < K, groups, inner, K, stride_scale, stride_offset, stride_zero,
+            low, high, steps, shift, FORM, PLAIN, ROUNDED,
         )  # fmt: skip
         tl.store(y + at, (q * size + middle).to(y.dtype.element_ty), mask=inside)
 
@@ -90,8 +91,8 @@ def fake_quant_gradient_kernel(
         g = tl.load(grad + at, mask=real, other=0.0).to(tl.float32)
         number = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
         v, q, inside, _, _ = level(
-            number, scale, offset, zero_point, r, c, r < R, c < K, groups, inner, K, stride_scale, stride_offset, stride_zero, low,
-            high, steps, shift, FORM, PLAIN, ROUNDED,
+            number, scale, offset, zero_point, r, c, r < R, c < K, groups, inner, K, stride_scale, stride_offset, stride_zero,
+            low, high, steps, shift, FORM, PLAIN, ROUNDED,
         )  # fmt: skip
         if dx is not None:
             tl.store(dx + at, tl.where(inside, g, 0.0).to(dx.dtype.element_ty), mask=real)

@@ -1,9 +1,11 @@
 """lowbit_matmul: tiles, splits, launches; the kernels are in lowbit_matmul_kernels.py.
 
-What it costs on an H200, K = R = 8192: making a bit a bfloat16 takes some four instructions a plane, shared by the rows of a tile.
-- 1 row, 1 plane, bf16: 8.4 MB of bits would be 2 us; 67 M numbers of four to six instructions are 9-14 us, with both launches 15-20 us
-  (cuBLAS on bf16 weights reads 134 MB: 28 us). 4 planes: 30-45 us.
-- 8192 rows, 1 plane, bf16: 1.1 TFLOP at 500-650 TFLOP/s, 1.7-2.2 ms (cuBLAS bf16 1.45 ms); group scales 2.0-2.6 ms; int8 rows 1.2-1.8 ms.
+What it costs on an H200, K = R = 8192: making a bit a bfloat16 takes some four instructions a plane, shared by the rows of a
+tile.
+- 1 row, 1 plane, bf16: 8.4 MB of bits would be 2 us; 67 M numbers of four to six instructions are 9-14 us, with both launches
+  15-20 us (cuBLAS on bf16 weights reads 134 MB: 28 us). 4 planes: 30-45 us.
+- 8192 rows, 1 plane, bf16: 1.1 TFLOP at 500-650 TFLOP/s, 1.7-2.2 ms (cuBLAS bf16 1.45 ms); group scales 2.0-2.6 ms; int8 rows
+  1.2-1.8 ms.
 - transposed with a scale a row: two pieces, 3.4-4.5 ms; float32 rows: three pieces, 5-7 ms (cuBLAS fp32 some 20 ms).
 """
 

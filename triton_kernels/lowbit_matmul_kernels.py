@@ -1,4 +1,4 @@
-"""Kernels of lowbit_matmul: bits become integers in registers, and matrix units multiply them; docs/design.md, "The bit contract".
+"""Kernels of lowbit_matmul: bits become integers in registers, matrix units multiply them (docs/design.md, "The bit contract").
 
 An integer of at most 127 is exact in bfloat16, float16 and int8, so a product with a 16-bit number is exact in fp32. A float32
 operand (or one that has been scaled) is split into bfloat16 pieces, two or three of them: exact again, at a third of the speed of
@@ -84,11 +84,12 @@ def finish(value, m, n, keep, scale, x_scale, bias, scale_row, N):
 
 @triton.jit(do_not_specialize=["M", "R", "steps"])
 def lowbit_matmul_kernel(
-    x, words, scale, x_scale, bias, y, M, R, K, row_words, steps, stride_x, scale_row, WEIGHTS: tl.constexpr, OFFSET: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr,
+    x, words, scale, x_scale, bias, y, M, R, K, row_words, steps, stride_x, scale_row, WEIGHTS: tl.constexpr,
+    OFFSET: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    PIECES: tl.constexpr, DTYPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y [M, R] = x [M, K] W^T. SPLIT: program (tile, s) sums `steps` blocks of columns only, and stores [splits, M, R] as they are.
+    """y [M, R] = x [M, K] W^T. SPLIT: program (tile, s) sums `steps` blocks of columns only, and stores [splits, M, R].
     Consecutive programs share rows of x: of the two operands it is the large one."""
     blocks = tl.cdiv(R, BN)
     row = tl.program_id(0) // blocks * BM

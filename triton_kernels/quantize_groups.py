@@ -1,8 +1,9 @@
 """quantize_groups and dequantize_groups, the codec of saved activations; docs/design.md, "Groups of saved activations".
 
 A group that fits a tile is read once: range and codes from the same registers. A longer one is read twice (its range first).
-16384 x 8192 in bf16, 8 bits, on an H200: 403 MB, 0.09-0.13 ms to codes, 0.09-0.11 ms back; 4 bits 336 MB, 0.08-0.12 and 0.07-0.09 ms;
-stochastic rounding adds a quarter of a Philox block (25 instructions) an element: 0.15-0.25 ms. Groups of more than a tile: 0.2 ms.
+16384 x 8192 in bf16 on an H200: 8 bits 403 MB, 0.09-0.13 ms to codes and 0.09-0.11 ms back; 4 bits 336 MB, 0.08-0.12 and
+0.07-0.09 ms; stochastic rounding adds a quarter of a Philox block (25 instructions) an element: 0.15-0.25 ms; groups of more
+than a tile 0.2 ms.
 """
 
 from __future__ import annotations

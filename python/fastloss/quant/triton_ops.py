@@ -39,7 +39,7 @@ def _matrix(name: str, x: Tensor) -> str | None:
 def _planes(planes: Tensor, columns: int, weights: Sequence[int]) -> str | None:
     wanted = (len(weights), *planes.shape[1:2], row_bytes(columns))
     if planes.dtype != torch.uint8 or tuple(planes.shape) != wanted or not 0 < len(weights) <= MOST_PLANES:
-        return f"takes 1 to {MOST_PLANES} planes [{len(weights)}, R, {row_bytes(columns)}] of uint8, got {planes.dtype} {list(planes.shape)}"
+        return f"takes 1 to {MOST_PLANES} planes, uint8 {list(wanted)}, got {planes.dtype} {list(planes.shape)}"
     if columns > LARGEST:
         return f"takes up to {LARGEST} columns, got {columns}"
     return _missing(planes)
@@ -221,7 +221,8 @@ def _why_not_dequantize(
     if dtype not in DTYPES:
         return f"makes float32, float16 or bfloat16, got {dtype}"
     if codes.numel() * 8 != low.numel() * group * bits or not 0 <= n <= low.numel() * group:
-        return f"takes codes [{low.numel()}, {group * bits // 8}] and up to {low.numel() * group} elements, got {list(codes.shape)} and {n}"
+        wanted = f"codes [{low.numel()}, {group * bits // 8}] and up to {low.numel() * group} elements"
+        return f"takes {wanted}, got {list(codes.shape)} and {n}"
     return _why_not_codec(codes, group, bits)
 
 
