@@ -205,8 +205,8 @@ def binarize_backward(
         binarize_gradient_kernel[tiles.grid](
             grad, x, signs, mask, codes, _numbers(shift), _numbers(scale), dx if needs & NEEDS_X else None, *sums, rows, columns,
             row_bytes, tiles.steps, grad.stride(0), 0 if x is None else x.stride(0), groups, period(columns, groups, inner),
-            stride(shift), stride(scale), float(p0), float(p1), _waves(p1), limit / 254, SURROGATE=surrogate, FORM=found, ROWS=tiles.rows,
-            COLUMNS=tiles.columns, **LAUNCH,
+            stride(shift), stride(scale), float(p0), float(p1), _waves(p1), limit / 254, SURROGATE=surrogate, FORM=found,
+            ROWS=tiles.rows, COLUMNS=tiles.columns, **LAUNCH,
         )  # fmt: skip
     dscale, dshift = (torch.empty(0, **number) if t is None else add_up(t, groups, inner, found, columns) for t in sums)
     return dx, dscale, dshift
