@@ -286,7 +286,8 @@ void multiply_bits(const BitProducts &products, BitConsumer *const *consumers, i
   const int level = checked_level(products.isa, products.engine);
   if (products.a.rows == 0 || products.b.rows == 0) return;
 #ifdef __x86_64__
-  const int engine = products.engine == kBestEngine ? best_engine(products, level) : products.engine;
+  int engine = products.engine == kBestEngine ? best_engine(products, level) : products.engine;
+  if (products.a.columns == 0) engine = kTableEngine; // a panel has a step at least
   if (engine == kAmxEngine) return multiply_panels<bits::AmxPanels>(products, consumers, threads);
   if (engine == kVnniEngine) return multiply_panels<bits::VnniPanels>(products, consumers, threads);
   if (engine == kPopcountEngine)

@@ -168,6 +168,8 @@ def bgemm_cpu(
 ) -> None: ...  # fmt: skip
 def hamming_topk_cpu(
     *, queries: Planes, database: Planes, scale: int, count: int, values: int, index: int, isa: int, engine: int
+) -> None: ...  # fmt: skip
+
 _Planes = tuple[int, int, int, int, list[int], int]
 
 def bgemm_cuda(

@@ -11,10 +11,11 @@ from .binary_conv2d import binary_conv2d
 from .binary_linear import binary_linear
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
-from .elastic import ElasticQuantizer
 from .dynamic_sign import dynamic_sign
+from .elastic import ElasticQuantizer
 from .elastic_binarize import elastic_binarize, elastic_scale
 from .fake_quant import fake_quant
+from .hamming_topk import hamming_topk
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
 from .scales import absmax_scale, lsq_scale, minmax_scale, searched_scale
@@ -35,6 +36,7 @@ __all__ = [
     "elastic_binarize",
     "elastic_scale",
     "fake_quant",
+    "hamming_topk",
     "layers",
     "lowbit_linear",
     "lsq_scale",
