@@ -66,6 +66,8 @@ class ElasticStep(nn.Module):
         rows: of the weights that it quantises, for choices by row; None: inputs, by tensor only.
     """
 
+    initialized: Tensor
+
     def __init__(self, rows: int | None = None, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.rows, self.choice = rows, Choice()
@@ -82,7 +84,8 @@ class ElasticStep(nn.Module):
     def choices(self) -> Iterator[Choice]:
         """All there are."""
         by_row = (False, True) if self.rows is not None else (False,)
-        return (Choice(*c) for c in itertools.product(range(2, 9), (True, False), by_row))
+        for bits, symmetric, per_row in itertools.product(range(2, 9), (True, False), by_row):
+            yield Choice(bits, symmetric, per_row)
 
     def set(self, choice: Choice) -> None:
         """Quantise like this from now on."""
@@ -132,6 +135,9 @@ class ElasticLinear(nn.Linear):
 
     "EQ-Net: Elastic Quantization Neural Networks". Its losses are no part of the layer.
     """
+
+    weights: ElasticStep
+    inputs: ElasticStep | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None, *,
