@@ -159,7 +159,8 @@ class FakeQuant:
 
     def __init__(
         self, *, grad: int, x: int, scale: int, offset: int, zero_point: int, out: int, dscale: int, doffset: int, n: int,
-        groups: int, inner: int, low: float, high: float, steps: float, shift: float, dtype: int,
+        groups: int, inner: int, low: float, high: float, steps: float, shift: float, rounded: bool,
+        dtype: int,
     ) -> None: ...  # fmt: skip
 
 class QuantizeGroups:

@@ -12,16 +12,24 @@ from .binary_linear import binary_linear
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
 from .dynamic_sign import dynamic_sign
+from .elastic import ElasticQuantizer
 from .elastic_binarize import elastic_binarize, elastic_scale
 from .fake_quant import fake_quant
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
+from .saved_activation import ActivationCodec, EncodedActivation, saved_activation
+from .saved_functions import gelu, layer_norm, silu, softmax
+from .scales import absmax_scale, lsq_scale, minmax_scale, searched_scale
 from .surrogates import reste_power
 from .ternarize import ternarize
 from .ternary_linear import ternary_linear
 
 __all__ = [
+    "ActivationCodec",
     "BitTensor",
+    "ElasticQuantizer",
+    "EncodedActivation",
+    "absmax_scale",
     "bgemm",
     "binarize",
     "binary_attention",
@@ -31,13 +39,21 @@ __all__ = [
     "elastic_binarize",
     "elastic_scale",
     "fake_quant",
+    "gelu",
+    "layer_norm",
     "layers",
     "lowbit_linear",
+    "lsq_scale",
+    "minmax_scale",
     "nearest_key",
     "pack_bits",
     "pack_codes",
     "pack_ternary",
     "reste_power",
+    "saved_activation",
+    "searched_scale",
+    "silu",
+    "softmax",
     "softmax_aware_binarize",
     "surrogates",
     "ternarize",
