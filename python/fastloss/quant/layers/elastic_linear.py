@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,8 +34,12 @@ class ElasticInputs(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set the steps from x, as the first forward does."""
-        first = ElasticQuantizer(x.detach(), self.steps.bits, granularity=("tensor",), search=self.search)
-        self.steps.load_state_dict(first.state_dict())
+        for bits, symmetric in itertools.product(self.steps.bits, self.steps.symmetric):
+            scale, offset = self.steps._first(x, bits, symmetric, (None, 0), self.search)
+            own = self.steps.parameters_of(bits, symmetric, "tensor")
+            own[0].copy_(scale)
+            if own[1] is not None:
+                own[1].copy_(offset)
         self.initialized.fill_(True)
         self._ready = True
 
