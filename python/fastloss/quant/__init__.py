@@ -15,6 +15,7 @@ from .dynamic_sign import dynamic_sign
 from .elastic import ElasticQuantizer
 from .elastic_binarize import elastic_binarize, elastic_scale
 from .fake_quant import fake_quant
+from .hamming_topk import hamming_topk
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
 from .saved_activation import ActivationCodec, EncodedActivation, saved_activation
@@ -40,6 +41,7 @@ __all__ = [
     "elastic_scale",
     "fake_quant",
     "gelu",
+    "hamming_topk",
     "layer_norm",
     "layers",
     "lowbit_linear",
