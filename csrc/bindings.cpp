@@ -92,8 +92,11 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 } // namespace
 
 void bind_edges(py::module_ &m);     // bindings_edges.cpp
+void bind_bits(py::module_ &m);      // bindings_bits.cpp
 void bind_groups(py::module_ &m);    // bindings_groups.cpp
+void bind_lowbit(py::module_ &m);    // bindings_lowbit.cpp
 void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
+void bind_bits_cuda(py::module_ &m); // bindings_bits_cuda.cpp
 void bind_quant(py::module_ &m);     // bindings_quant.cpp
 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
@@ -346,8 +349,11 @@ PYBIND11_MODULE(_C, m) {
       py::arg("args"), py::arg("isa"));
   bind_pairs(m);
   bind_edges(m);
+  bind_bits(m);
   bind_groups(m);
+  bind_lowbit(m);
   bind_pair_maps(m);
+  bind_bits_cuda(m);
   bind_quant(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;

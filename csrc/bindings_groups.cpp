@@ -13,7 +13,7 @@ template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(
 
 FakeQuant fake_quant_of(uintptr_t grad, uintptr_t x, uintptr_t scale, uintptr_t offset, uintptr_t zero_point,
                         uintptr_t out, uintptr_t dscale, uintptr_t doffset, int64_t n, int64_t groups, int64_t inner,
-                        float low, float high, float steps, float shift, int dtype) {
+                        float low, float high, float steps, float shift, bool rounded, int dtype) {
   return {pointer<void>(grad),
           pointer<void>(x),
           pointer<float>(scale),
@@ -29,6 +29,7 @@ FakeQuant fake_quant_of(uintptr_t grad, uintptr_t x, uintptr_t scale, uintptr_t 
           high,
           steps,
           shift,
+          rounded,
           dtype};
 }
 
@@ -62,7 +63,7 @@ void bind_groups(py::module_ &m) {
       .def(py::init(&fake_quant_of), py::kw_only(), py::arg("grad"), py::arg("x"), py::arg("scale"), py::arg("offset"),
            py::arg("zero_point"), py::arg("out"), py::arg("dscale"), py::arg("doffset"), py::arg("n"),
            py::arg("groups"), py::arg("inner"), py::arg("low"), py::arg("high"), py::arg("steps"), py::arg("shift"),
-           py::arg("dtype"));
+           py::arg("rounded"), py::arg("dtype"));
   m.def("fake_quant_cpu", &fake_quant_cpu, py::arg("args"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   py::class_<QuantizeGroups>(m, "QuantizeGroups")
       .def(py::init(&quantize_groups_of), py::kw_only(), py::arg("x"), py::arg("low"), py::arg("high"), py::arg("seed"),

@@ -1,10 +1,16 @@
-"""nvcc compiles every csrc/cuda/*.cu for each generation of GPU without a warning, a spill or a stack frame."""
+"""nvcc compiles every csrc/cuda/*.cu for each generation of GPU without a warning, a spill or a stack frame.
+
+And products of bits are what they should be: one instruction of the tensor cores for bits where there are some.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,18 +19,85 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 NVCC = shutil.which("nvcc")
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("source", sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
-def test_compiles_without_spills(source: str, tmp_path: Path) -> None:
+FOLDER = tempfile.TemporaryDirectory(prefix="fastloss-cuda-")
+#: Threads of the largest block: 65,536 registers are to do for it.
+THREADS = {"bgemm.cu": 128, "hamming_topk.cu": 256}
+#: BMMA or IMMA in a step of 512 bits of a warp's tile: (WM / 16) (WN / 8) 2, or four times that in each half.
+TILES = {"64, 64": 64, "32, 32": 16, "32, 64": 32}
+
+
+@functools.cache
+def compiled(source: str) -> tuple[Path, str]:
+    """(the object, what nvcc said)"""
+    out = Path(FOLDER.name) / f"{source}.o"
     archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
     flags = "-O3 -std=c++17 -Werror all-warnings -Xptxas -v -Xcompiler -Wall -t 2".split()
-    command = [str(NVCC), *flags, *archs, f"-I{CSRC}", "-c", str(CSRC / "cuda" / source), "-o", str(tmp_path / "k.o")]
+    command = [str(NVCC), *flags, *archs, f"-I{CSRC}", "-c", str(CSRC / "cuda" / source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    text = done.stdout + done.stderr
+    return out, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
+def test_compiles_without_spills(source: str) -> None:
+    _, text = compiled(source)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     kernels = re.findall(r"Used (\d+) registers", text)
     assert len(frames) == len(kernels) and all(f == ("0", "0", "0") for f in frames), text
     if "launch(" in (CSRC / "cuda" / source).read_text():
         assert kernels, f"{source} launches kernels, and none was compiled"
-        assert max(map(int, kernels)) <= 128, text  # else a block of 512 threads does not start
+        most = min(255, (1 << 16) // THREADS.get(source, 512))
+        assert max(map(int, kernels)) <= most, text  # else the largest block does not start
+
+
+def disassembler() -> tuple[str, str] | None:
+    """(cuobjdump, nvdisasm) of the toolkit, or of the triton wheel."""
+    spec = importlib.util.find_spec("triton")
+    folder = f"{Path(spec.origin).parent}/backends/nvidia/bin" if spec and spec.origin else None
+    found = [shutil.which(tool) or shutil.which(tool, path=folder) for tool in ("cuobjdump", "nvdisasm")]
+    return (found[0], found[1]) if found[0] and found[1] else None
+
+
+def kernels_of(source: str) -> dict[tuple[int, bool, str], list[tuple[int, str]]]:
+    """SASS of every kernel on tiles: (architecture, by int8, its warps' tile) -> (address, instruction)."""
+    tools = disassembler()
+    assert tools is not None
+    command = [tools[0], "-sass", str(compiled(source)[0])]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in re.split(r"(?=\n\s+arch = sm_)", text):
+        for function in part.split("Function : ")[1:]:
+            if tile := re.search(r"BitTileILb(\d)ELi\d+ELi\d+ELi(\d+)ELi(\d+)E", function):
+                arch = re.search(r"arch = sm_(\d+)", part) or re.search(r"target\s+sm_(\d+)", part)
+                assert arch, part[:200]
+                code = [(int(a, 16), i) for a, i in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);", function)]
+                found[int(arch[1]), tile[1] == "1", f"{tile[2]}, {tile[3]}"] = code
+    return found
+
+
+@pytest.mark.skipif(NVCC is None or disassembler() is None, reason="needs nvcc, cuobjdump and nvdisasm")
+@pytest.mark.parametrize("source", ["bgemm.cu", "hamming_topk.cu"])
+def test_products_of_bits_are_one_instruction(source: str) -> None:
+    """sm_80, sm_90: one BMMA for each tile step, all in one loop. sm_100: none, nor what would emulate it."""
+    kernels = kernels_of(source)
+    assert len(kernels) == 3 * (4 if source == "bgemm.cu" else 2)
+    for (arch, int8, tile), code in kernels.items():
+        name = f"sm_{arch} {'int8' if int8 else 'bits'} {tile}"
+        tensor = [(at, i) for at, i in code if re.search(r"\b(BMMA|IMMA|BGMMA|IGMMA)\b", i)]
+        if not int8 and arch >= 100:
+            assert not tensor, name
+            continue
+        wanted = r"IMMA\.16832\.S8\.S8" if int8 else r"BMMA\.168256\.AND\.POPC"
+        assert all(re.search(wanted, i) for _, i in tensor), name
+        assert len(tensor) == TILES[tile] * (4 if int8 else 1), name
+        # the loop around them: the innermost backward branch past the last of them
+        ends = [
+            at
+            for at, i in code
+            if (to := re.search(r"BRA\S* .*0x([0-9a-f]+)", i)) and int(to[1], 16) <= tensor[0][0] and at > tensor[-1][0]
+        ]
+        assert ends, f"{name}: not in a loop"
+        loop = [i for at, i in code if tensor[0][0] <= at <= min(ends)]
+        assert not any("CALL" in i for i in loop), name
+        assert len(loop) < (9 if int8 else 4) * len(tensor) + 64, f"{name}: {len(loop)} instructions"

@@ -13,6 +13,7 @@ struct FakeQuant {
   float *dscale, *doffset;                  // [groups], or null
   int64_t n, groups, inner;
   float low, high, steps, shift;
+  bool rounded; // the range is tested after rounding
   int dtype;
 };
 

@@ -24,7 +24,9 @@ constexpr int64_t kBlock = kTile * kStepUnits; // units of one step of either op
 constexpr int64_t kProduct = kTile * kTile;    // floats of a product
 constexpr int64_t kStepsInCache = 16;          // 32 KB of either operand: the left one stays in the first-level cache
 
-FASTLOSS_AVX512_INLINE void transpose_units(__m512i (&rows)[16]) {
+// Of 16 rows of 16 units; without the bf16 instructions, which not every caller has.
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), always_inline)) inline void
+transpose_units(__m512i (&rows)[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {

@@ -13,19 +13,22 @@
 
 namespace fastloss::linear {
 
-// Tile registers hold 8 KB a thread; Linux hands them out on request, once a process.
-inline bool has_amx_bf16() {
+// Whether the processor has tiles and the instruction of `bit` (cpuid 7, edx). Tile registers hold 8 KB a thread; Linux
+// hands them out on request, once a process.
+inline bool has_amx([[maybe_unused]] unsigned bit) {
 #ifdef __linux__
-  constexpr unsigned kBf16Bit = 1u << 22, kTileBit = 1u << 24;
+  constexpr unsigned kTileBit = 1u << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16Bit | kTileBit)) != (kBf16Bit | kTileBit)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bit | kTileBit)) != (bit | kTileBit)) return false;
   static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return allowed;
 #else
   return false;
 #endif
 }
+inline bool has_amx_bf16() { return has_amx(1u << 22); }
+inline bool has_amx_int8() { return has_amx(1u << 25); }
 
 struct AmxTiles : Bf16Tiles {
   static constexpr bool kFast = true; // a product costs less than the memory traffic that would save it

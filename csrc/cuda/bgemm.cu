@@ -1,5 +1,5 @@
-// bgemm and bgemm_signs (docs/design.md, "The bit contract"): one tile of bit_tiles.cuh a block, and the epilogue on its
-// registers.
+// bgemm and bgemm_signs (docs/design.md, "The bit contract"): one tile of bit_tiles.cuh a block, and the epilogue on
+// its registers.
 #include "bit_tiles.cuh"
 
 #include "row_stats.cuh"
@@ -26,22 +26,21 @@ __device__ inline float activate(float y, int activation) {
   return activation == kSilu ? y / (1 + expf(-y)) : y;
 }
 
-// 8 neighbouring numbers of a row of n, of which `left` are inside.
-template <class T, class V> __device__ void put_eight(void *out, int64_t at, int64_t n, int64_t left, const V (&y)[8]) {
+// 4 neighbouring numbers of a row of n, of which `left` are inside.
+template <class T, class V> __device__ void put_four(void *out, int64_t at, int64_t n, int64_t left, const V (&y)[4]) {
   T *const to = static_cast<T *>(out) + at;
-  alignas(16) T value[8];
+  alignas(4 * sizeof(T)) T value[4];
 #pragma unroll
-  for (int c = 0; c < 8; ++c) {
+  for (int c = 0; c < 4; ++c) {
     if constexpr (std::is_same_v<T, V>) value[c] = y[c];
     else store(value[c], y[c]);
   }
-  if (left >= 8 && n * sizeof(T) % 16 == 0) {
-#pragma unroll
-    for (unsigned v = 0; v < sizeof value / 16; ++v)
-      reinterpret_cast<uint4 *>(to)[v] = reinterpret_cast<const uint4 *>(value)[v];
+  if (left >= 4 && n % 4 == 0) {
+    using Four = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+    *reinterpret_cast<Four *>(to) = *reinterpret_cast<const Four *>(value);
   } else {
 #pragma unroll
-    for (int c = 0; c < 8; ++c)
+    for (int c = 0; c < 4; ++c)
       if (c < left) to[c] = value[c];
   }
 }
@@ -51,15 +50,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     bgemm_kernel(const __grid_constant__ BitOperands p, const __grid_constant__ Epilogue e, const int tiles_m,
                  const int tiles_n) {
   constexpr int BM = Tile::BM, BN = Tile::BN;
-  const int first = int(blockIdx.x) / (kGroup * tiles_n) * kGroup, rows = min(kGroup, tiles_m - first);
+  constexpr int kLanes = BN / 4, kRowsAtOnce = Tile::kThreads / kLanes; // 4 columns a thread
+  static_assert(TileSums<Tile>::kBytes <= Tile::kShared, "the sums take the place of the stages");
+  const int first = int(blockIdx.x) / (kGroup * tiles_n) * kGroup, group = min(kGroup, tiles_m - first);
   const int in_group = int(blockIdx.x) % (kGroup * tiles_n);
-  const int64_t m0 = int64_t(first + in_group % rows) * BM, n0 = int64_t(in_group / rows) * BN;
+  const int64_t m0 = int64_t(first + in_group % group) * BM, n0 = int64_t(in_group / group) * BN;
   SHARED_DYNAMIC(uint4, stages);
   SHARED_ARRAY(unsigned, row_sum, [BM]);
-  SHARED_ARRAY(unsigned, column_sum, [BN]);
   SHARED_ARRAY(float, row_scale, [BM]);
-  SHARED_ARRAY(float, column_scale, [BN]);
-  SHARED_ARRAY(float, bias, [BN]);
 
   // A tile beyond the last column only pads a row of signs.
   BitStream<Tile> stream(p, stages, m0, n0, n0 < p.n ? min(p.n, n0 + BN) : n0);
@@ -68,63 +66,58 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     row_sum[r] = in ? e.constant + e.a_sums(m0 + r) : 0;
     row_scale[r] = in && e.row_scale ? __ldg(e.row_scale + m0 + r) : 1;
   }
-  for (int c = threadIdx.x; c < BN; c += Tile::kThreads) {
-    const bool in = n0 + c < p.n;
-    column_sum[c] = in ? e.b_sums(n0 + c) : 0;
-    column_scale[c] = in && e.column_scale ? __ldg(e.column_scale + n0 + c) : 1;
-    bias[c] = in && e.bias ? __ldg(e.bias + n0 + c) : 0;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t column = n0 + lane * 4, inside = p.n - column;
+  unsigned column_sum[4];
+  float column_scale[4], bias[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    column_sum[c] = c < inside ? e.b_sums(column + c) : 0;
+    column_scale[c] = c < inside && e.column_scale ? __ldg(e.column_scale + column + c) : 1;
+    bias[c] = c < inside && e.bias ? __ldg(e.bias + column + c) : 0;
   }
-  typename Tile::Sums sums;
-  if (n0 < p.n) stream.tile(sums);
-  __syncthreads(); // the arrays are there, however many steps there were
 
-  const TilePlace<Tile> place;
-  const int64_t pitch = e.output == kOutSigns ? (p.n + 511) / 512 * 64 : p.n;
+  const TileSums<Tile> tile{reinterpret_cast<int *>(stages)};
+  if (n0 < p.n) {
+    typename Tile::Sums sums;
+    stream.tile(sums);
+    __syncthreads(); // all have done with the stages
+    tile.put(sums, p.pairs.last);
+  }
+  __syncthreads();
+
+  const int64_t pitch = (p.n + 511) / 512 * 64; // of a row of signs
+#pragma unroll 2
+  for (int r = threadIdx.x / kLanes; r < BM; r += kRowsAtOnce) {
+    const int64_t row = m0 + r, at = row * p.n + column, left = row < p.m ? inside : 0;
+    const int4 sums = *reinterpret_cast<const int4 *>(tile.at(r, lane * 4));
+    int acc[4] = {sums.x, sums.y, sums.z, sums.w};
+    float y[4];
 #pragma unroll
-  for (int i = 0; i < Tile::MT; ++i)
+    for (int c = 0; c < 4; ++c) {
+      acc[c] = int(unsigned(acc[c]) + row_sum[r] + column_sum[c]);
+      y[c] = __int2float_rn(acc[c]);
+      if (e.row_scale) y[c] = __fmul_rn(y[c], row_scale[r]);
+      if (e.column_scale) y[c] = __fmul_rn(y[c], column_scale[c]);
+      if (e.bias) y[c] = __fadd_rn(y[c], bias[c]);
+      y[c] = activate(y[c], e.activation);
+    }
+    if (e.output == kOutInt32) put_four<int>(e.out, at, p.n, left, acc);
+    else if (e.output == kFloat32) put_four<float>(e.out, at, p.n, left, y);
+    else if (e.output == kFloat16) put_four<__half>(e.out, at, p.n, left, y);
+    else if (e.output == kBFloat16) put_four<__nv_bfloat16>(e.out, at, p.n, left, y);
+    else { // 8 threads have a word of signs
+      unsigned signs = 0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int r = place.row(i, h);
-      const int64_t row = m0 + r;
-      int ones = 0;
+      for (int c = 0; c < 4; ++c) signs |= unsigned(c < left && y[c] >= 0) << (lane % 8 * 4 + c);
 #pragma unroll
-      for (int block = 0; block < Tile::NT / 4; ++block) {
-        const int c0 = place.column(block);
-        const int64_t column = n0 + c0, left = row < p.m ? p.n - column : 0;
-        int acc[8];
-#pragma unroll
-        for (int c = 0; c < 8; ++c)
-          acc[c] = int(unsigned(sums[i][block * 4 + c / 2][h * 2 + c % 2]) * p.pairs.last + row_sum[r] +
-                       column_sum[c0 + c]);
-        if (e.output == kOutInt32) {
-          put_eight<int>(e.out, row * p.n + column, p.n, left, acc);
-          continue;
-        }
-        float y[8];
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          y[c] = __int2float_rn(acc[c]);
-          if (e.row_scale) y[c] = __fmul_rn(y[c], row_scale[r]);
-          if (e.column_scale) y[c] = __fmul_rn(y[c], column_scale[c0 + c]);
-          if (e.bias) y[c] = __fadd_rn(y[c], bias[c0 + c]);
-          y[c] = activate(y[c], e.activation);
-        }
-        if (e.output == kOutSigns) {
-          unsigned byte = 0;
-#pragma unroll
-          for (int c = 0; c < 8; ++c) byte |= unsigned(c < left && y[c] >= 0) << c;
-          if (row < p.m && column / 8 < pitch) static_cast<uint8_t *>(e.out)[row * pitch + column / 8] = uint8_t(byte);
-          ones += __popc(byte);
-        } else if (e.output == kFloat32) put_eight<float>(e.out, row * p.n + column, p.n, left, y);
-        else if (e.output == kFloat16) put_eight<__half>(e.out, row * p.n + column, p.n, left, y);
-        else put_eight<__nv_bfloat16>(e.out, row * p.n + column, p.n, left, y);
-      }
-      if (e.output == kOutSigns) {
-        ones += __shfl_xor_sync(kAllLanes, ones, 1);
-        ones += __shfl_xor_sync(kAllLanes, ones, 2);
-        if (threadIdx.x % 4 == 0 && row < p.m && ones) atomicAdd(e.popcounts + row, ones); // whole numbers: in any order
+      for (int distance = 1; distance < 8; distance *= 2) signs |= __shfl_xor_sync(kAllLanes, signs, distance);
+      if (lane % 8 == 0 && row < p.m && column / 8 < pitch) {
+        reinterpret_cast<unsigned *>(e.out)[(row * pitch + column / 8) / 4] = signs;
+        if (signs) atomicAdd(e.popcounts + row, __popc(signs)); // whole numbers: in any order
       }
     }
+  }
 }
 
 template <class Tile> void launch_tiles(const CudaBgemm &p, void *stream) {
@@ -153,7 +146,8 @@ template <class Tile> void launch_tiles(const CudaBgemm &p, void *stream) {
 } // namespace
 
 BgemmPlan bgemm_plan(int64_t m, int64_t n, const DeviceLimits &device) {
-  const bool fills = m > 64 && n > 64 && (m + 127) / 128 >= (device.multiprocessors + (n + 127) / 128 - 1) / ((n + 127) / 128);
+  const bool fills =
+      m > 64 && n > 64 && (m + 127) / 128 >= (device.multiprocessors + (n + 127) / 128 - 1) / ((n + 127) / 128);
   return {device.capability >= 100, fills};
 }
 
@@ -165,9 +159,10 @@ void bgemm_launch(const CudaBgemm &p, BgemmPlan plan, void *stream) {
   else launch_tiles<BitTile<false, 64, 64, 32, 32, 4>>(p, stream);
 }
 
-void bgemm_cuda(const CudaBgemm &p, int device, void *stream) {
+void bgemm_cuda(const CudaBgemm &p, int plan, int device, void *stream) {
   const DeviceGuard guard(device);
-  bgemm_launch(p, bgemm_plan(p.a.rows, p.b.rows, device_limits(device)), stream);
+  const BgemmPlan automatic = bgemm_plan(p.a.rows, p.b.rows, device_limits(device));
+  bgemm_launch(p, plan == kAutomatic ? automatic : BgemmPlan{(plan & 2) != 0, (plan & 1) != 0}, stream);
 }
 
 } // namespace fastloss

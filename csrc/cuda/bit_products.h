@@ -13,9 +13,9 @@ struct CudaBgemm {
   Planes a, b;
   const float *row_scale, *column_scale, *bias; // null: 1, 1, 0
   int activation;
-  int output;          // kFloat32, kFloat16, kBFloat16, or a BitOutput; kOutInt32 is the sum itself
-  void *out;           // [M, N], or with kOutSigns the plane [M, row_bytes(N)]
-  int32_t *popcounts;  // [M] of that plane, zeros before
+  int output;         // kFloat32, kFloat16, kBFloat16, or a BitOutput; kOutInt32 is the sum itself
+  void *out;          // [M, N], or with kOutSigns the plane [M, row_bytes(N)]
+  int32_t *popcounts; // [M] of that plane, zeros before
 };
 
 // The `count` largest sums of each row of a (times scale_j), falling, the lowest column first among equals.
@@ -33,14 +33,15 @@ struct CudaHammingTopk {
 struct BgemmPlan {
   bool int8, large;
 };
+constexpr int kAutomatic = -1; // `plan`: as the device wants it; else 2 int8 + large
 
 BgemmPlan bgemm_plan(int64_t m, int64_t n, const DeviceLimits &);
 void bgemm_launch(const CudaBgemm &, BgemmPlan, void *stream);
-void bgemm_cuda(const CudaBgemm &, int device, void *stream);
+void bgemm_cuda(const CudaBgemm &, int plan, int device, void *stream);
 
 constexpr int64_t kLongestList = 1024;
 int hamming_topk_splits(int64_t m, int64_t n, const DeviceLimits &);
 void hamming_topk_launch(const CudaHammingTopk &, bool int8, void *stream);
-void hamming_topk_cuda(const CudaHammingTopk &, int device, void *stream);
+void hamming_topk_cuda(const CudaHammingTopk &, int plan, int device, void *stream);
 
 } // namespace fastloss

@@ -1,13 +1,13 @@
-// Tiles of sums of products of bits: a block computes BM x BN of them, a warp WM x WN, along K in steps of 512 bits that
-// cp.async brings ahead of time.
+// Tiles of sums of products of bits: a block computes BM x BN of them, a warp WM x WN, along K in steps of 512 bits
+// that cp.async brings ahead of time.
 //
-// Of several planes every pair is a product by itself, and they are added up by Horner's rule: between two pairs the sums
-// are multiplied by the ratio of their weights, so that one set of registers does. Counting is modulo 2^32, where odd
-// weights have inverses; the whole sum fits 32 bits, so it is exact whatever the weights.
+// Of several planes every pair is a product by itself, and they are added up by Horner's rule: between two pairs the
+// sums are multiplied by the ratio of their weights, so that one set of registers does. Counting is modulo 2^32, where
+// odd weights have inverses; the whole sum fits 32 bits, so it is exact whatever the weights.
 //
-// Shared memory: a row of a step is 64 bytes in four chunks of 16. ldmatrix reads a chunk of 8 rows at a time, and chunks
-// are exchanged (`chunk ^ key of the row`) so that these 8 lie in different banks. Rows of b are dealt to the tensor core
-// so that a thread ends up with 8 neighbouring columns of the result: 16 bytes of bf16, a byte of signs.
+// Shared memory: a row of a step is 64 bytes in four chunks of 16. ldmatrix reads a chunk of 8 rows at a time, and
+// chunks are exchanged (`chunk ^ row / 2 % 4`) so that these 8 lie in different banks. The sums leave the registers by
+// way of shared memory, where an epilogue finds whole rows: a loop over them is small code and writes whole lines.
 #pragma once
 #include "bit_products.h"
 #include "common.cuh"
@@ -92,7 +92,7 @@ template <bool INT8_, int BM_, int BN_, int WM_, int WN_, int STAGES_> struct Bi
   static constexpr int MT = WM / 16, NT = WN / 8;
   static constexpr int kStage = (BM + BN) * kStepBytes;
   static constexpr int kShared = STAGES * kStage;
-  static_assert(BM % kRows == 0 && BN % kRows == 0 && kRows % 32 == 0 && WN % 32 == 0, "the keys of rows repeat every 32");
+  static_assert(BM % kRows == 0 && BN % kRows == 0 && kRows % 8 == 0, "chunks are exchanged alike in every 8 rows");
   using Sums = int[MT][NT][4];
 };
 
@@ -105,14 +105,10 @@ public:
   __device__ BitStream(const BitOperands &p, uint4 *shared, int64_t m0, int64_t n0, int64_t n_end)
       : p_(p), shared_(shared_address(shared)), n0_(n0), n_end_(p.pairs.count ? n_end : n0), m0_(m0) {
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    const int row = tid / 4, chunk = tid % 4;
-    copy_a_ = row * kStepBytes + (chunk ^ (row / 2 % 4)) * 16;
-    copy_b_ = (BM + row) * kStepBytes + (chunk ^ (row / 8 % 4)) * 16;
+    copy_ = swizzled(tid / 4, tid % 4);
     const int wm = warp % (BM / Tile::WM) * Tile::WM, wn = warp / (BM / Tile::WM) * Tile::WN;
-    read_a_ = (wm + lane % 16) * kStepBytes + (lane / 16 ^ (lane / 2 % 4)) * 16;
-    const int of_eight = lane % 8;
-    read_b_ = (BM + wn + of_eight / 2 * 8 + lane / 16 * 2 + of_eight % 2) * kStepBytes +
-              (lane / 8 % 2 ^ (of_eight / 2)) * 16;
+    read_a_ = swizzled(wm + lane % 16, lane / 16);
+    read_b_ = BM * kStepBytes + swizzled(wn + lane / 16 * 8 + lane % 8, lane / 8 % 2);
     point();
 #pragma unroll
     for (int s = 0; s < Tile::STAGES - 1; ++s) copy();
@@ -147,8 +143,10 @@ private:
   const int64_t m0_;
   int64_t k_ = 0;
   int pair_ = 0, full_ = 0, free_ = 0; // the stages to be multiplied and to be filled, as bytes
-  int copy_a_, copy_b_, read_a_, read_b_;
+  int copy_, read_a_, read_b_;         // where in a stage
   const uint8_t *from_a_, *from_b_;
+
+  __device__ static int swizzled(int row, int chunk) { return row * kStepBytes + (chunk ^ (row / 2 % 4)) * 16; }
 
   // At the first step of a pair of planes.
   __device__ void point() {
@@ -166,10 +164,10 @@ private:
       const uint8_t *a = from_a_, *b = from_b_;
 #pragma unroll
       for (int i = 0; i < BM / Tile::kRows; ++i, a += next)
-        cp_async16(shared_ + free_ + copy_a_ + i * Tile::kRows * kStepBytes, a, i * Tile::kRows < left_a ? 16 : 0);
+        cp_async16(shared_ + free_ + copy_ + i * Tile::kRows * kStepBytes, a, i * Tile::kRows < left_a ? 16 : 0);
 #pragma unroll
       for (int i = 0; i < Tile::BN / Tile::kRows; ++i, b += next)
-        cp_async16(shared_ + free_ + copy_b_ + i * Tile::kRows * kStepBytes, b, i * Tile::kRows < left_b ? 16 : 0);
+        cp_async16(shared_ + free_ + copy_ + (BM + i * Tile::kRows) * kStepBytes, b, i * Tile::kRows < left_b ? 16 : 0);
       from_a_ += kStepBytes, from_b_ += kStepBytes, k_ += kStepBytes;
       if (k_ == p_.row_bytes) {
         k_ = 0;
@@ -190,12 +188,11 @@ private:
     for (int half = 0; half < 2; ++half) { // 256 bits
       unsigned a[MT][4], b[NT][2];
 #pragma unroll
-      for (int i = 0; i < MT; ++i)
-        ldmatrix_x4(a[i], shared_ + full_ + (read_a_ ^ half * 32) + i * 16 * kStepBytes);
+      for (int i = 0; i < MT; ++i) ldmatrix_x4(a[i], shared_ + full_ + (read_a_ ^ half * 32) + i * 16 * kStepBytes);
 #pragma unroll
       for (int j = 0; j < NT; j += 2) {
         unsigned two[4];
-        ldmatrix_x4(two, shared_ + full_ + (read_b_ ^ half * 32) + (j / 4 * 32 + j % 4 * 2) * kStepBytes);
+        ldmatrix_x4(two, shared_ + full_ + (read_b_ ^ half * 32) + j * 8 * kStepBytes);
         b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
       }
       if constexpr (Tile::INT8) multiply_bytes(sums, a, b);
@@ -209,8 +206,8 @@ private:
     full_ = full_ + Tile::kStage == Tile::kShared ? 0 : full_ + Tile::kStage;
   }
 
-  // The same from words of bits on the tensor cores for int8: bits i, i + 8, i + 16 and i + 24 of a word are four bytes.
-  // The order of columns does not matter as long as a and b agree.
+  // The same from words of bits on the tensor cores for int8: bits i, i + 8, i + 16 and i + 24 of a word are four
+  // bytes. The order of columns does not matter as long as a and b agree.
   __device__ static void multiply_bytes(typename Tile::Sums &sums, const unsigned (&a)[MT][4],
                                         const unsigned (&b)[NT][2]) {
     constexpr unsigned kOnes = 0x01010101;
@@ -235,17 +232,28 @@ private:
   }
 };
 
-// Where a thread's sums are: rows `row(i, h)` and, in each block of 32 columns, the 8 from `column(block)` on, which are
-// sums[i][4 * block + c / 2][2 * h + c % 2].
-template <class Tile> struct TilePlace {
-  int row_, column_;
-  __device__ TilePlace() {
+// The sums of a tile in shared memory, [BM][BN] with groups of 8 columns exchanged: neither the stores of a warp's
+// fragments nor reading a row in order meets a bank twice.
+template <class Tile> struct TileSums {
+  static constexpr int kBytes = Tile::BM * Tile::BN * 4;
+  int *shared;
+
+  __device__ int *at(int row, int column) const { return shared + row * Tile::BN + (column ^ row % 4 * 8); }
+
+  // Who reads rows of other warps puts barriers around this.
+  __device__ void put(const typename Tile::Sums &sums, unsigned factor) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    row_ = warp % (Tile::BM / Tile::WM) * Tile::WM + lane / 4;
-    column_ = warp / (Tile::BM / Tile::WM) * Tile::WN + lane % 4 * 8;
+    const int row = warp % (Tile::BM / Tile::WM) * Tile::WM + lane / 4;
+    const int column = warp / (Tile::BM / Tile::WM) * Tile::WN + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < Tile::MT; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < Tile::NT; ++j)
+          *reinterpret_cast<int2 *>(at(row + i * 16 + h * 8, column + j * 8)) =
+              make_int2(int(unsigned(sums[i][j][2 * h]) * factor), int(unsigned(sums[i][j][2 * h + 1]) * factor));
   }
-  __device__ int row(int i, int h) const { return row_ + i * 16 + h * 8; }
-  __device__ int column(int block) const { return column_ + block * 32; }
 };
 
 } // namespace fastloss

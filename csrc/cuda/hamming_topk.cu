@@ -1,8 +1,8 @@
-// hamming_topk (docs/design.md, "The bit contract"): no [M, N] matrix. A block has 128 rows of a and goes along a part of
-// b in tiles of bit_tiles.cuh; a warp keeps the best of its 32 rows. A candidate is one integer that orders as the result
-// does, its score in the upper half and its column, falling, in the lower: no two are equal, so the order in which they
-// come does not matter, and equal scores go to the lowest column. The lists lie in `keys`, that is in L1; only scores above
-// the last of a row's list are looked at again, which soon are few: about count log(N / count) of N.
+// hamming_topk (docs/design.md, "The bit contract"): no [M, N] matrix. A block has 128 rows of a and goes along a part
+// of b in tiles of bit_tiles.cuh; a warp keeps the best of its 32 rows. A candidate is one integer that orders as the
+// result does, its score in the upper half and its column, falling, in the lower: no two are equal, so the order in
+// which they come does not matter, and equal scores go to the lowest column. The lists lie in `keys`, that is in L1;
+// only scores above the last of a row's list are looked at again, which soon are few: about count log(N / count) of N.
 #include "bit_tiles.cuh"
 
 #include "row_stats.cuh"
@@ -53,80 +53,69 @@ __device__ inline void insert(int64_t *list, int count, int64_t key) {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     topk_kernel(const __grid_constant__ BitOperands p, const __grid_constant__ Search s) {
-  constexpr int MT = Tile::MT, NT = Tile::NT;
+  static_assert(Tile::WN == Tile::BN && Tile::BN == 64 && Tile::WM == 32, "a warp has whole rows, a lane one of them");
   const int split = int(blockIdx.x) % s.splits;
   const int64_t m0 = int64_t(blockIdx.x) / s.splits * Tile::BM;
   const int64_t tiles = (p.n + Tile::BN - 1) / Tile::BN, each = (tiles + s.splits - 1) / s.splits;
   const int64_t begin = min(p.n, split * each * Tile::BN), end = min(p.n, (split + 1) * each * Tile::BN);
   SHARED_DYNAMIC(uint4, stages);
   BitStream<Tile> stream(p, stages, m0, begin, end);
+  const TileSums<Tile> tile{reinterpret_cast<int *>(stages + Tile::kShared / 16)};
 
-  const int lane = threadIdx.x % 32;
-  const TilePlace<Tile> place;
-  // Only this warp ever touches the lists of its rows: of row r, count keys from (r splits + split) count on.
-  const int64_t warp_row = m0 + threadIdx.x / 32 * Tile::WM;
-  for (int r = 0; r < Tile::WM && warp_row + r < p.m; ++r)
-    for (int slot = lane; slot < s.count; slot += 32)
-      s.keys[((warp_row + r) * s.splits + split) * s.count + slot] = kAbsent;
-  unsigned row_sum[MT][2];
-  int worst[MT][2]; // the score of the last in the list: what follows has to be better
-#pragma unroll
-  for (int i = 0; i < MT; ++i)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t row = m0 + place.row(i, h);
-      row_sum[i][h] = row < p.m ? s.constant + s.a_sums(row) : 0;
-      worst[i][h] = row < p.m ? INT32_MIN : INT32_MAX; // below and above all scores
-    }
+  // Only this warp ever touches the sums and the lists of its rows; a lane knows of the row with its number.
+  const int lane = threadIdx.x % 32, r0 = threadIdx.x / 32 * Tile::WM;
+  const int rows = int(max(int64_t(0), min(int64_t(Tile::WM), p.m - m0 - r0)));
+  int64_t *const lists = s.keys + ((m0 + r0) * s.splits + split) * s.count;
+  const int64_t pitch = int64_t(s.splits) * s.count;
+  for (int r = 0; r < rows; ++r)
+    for (int slot = lane; slot < s.count; slot += 32) lists[r * pitch + slot] = kAbsent;
+  const unsigned my_sum = lane < rows ? s.constant + s.a_sums(m0 + r0 + lane) : 0;
+  int my_worst = int(kAbsent >> 32); // the score of the last in the list: what comes later has to be better
   __syncwarp();
 
   for (int64_t n0 = begin; n0 < end; n0 += Tile::BN) {
+    const int64_t column = n0 + lane * 2; // and the next one
+    unsigned column_sum[2];
+    float scale[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      column_sum[c] = column + c < end ? s.b_sums(column + c) : 0;
+      scale[c] = column + c < end && s.scale ? __ldg(s.scale + column + c) : 1;
+    }
     typename Tile::Sums sums;
     stream.tile(sums);
+    __syncwarp(); // the tile before has been looked at
+    tile.put(sums, p.pairs.last);
+    __syncwarp();
+#pragma unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const int2 two = *reinterpret_cast<const int2 *>(tile.at(r0 + r, lane * 2));
+      const unsigned row_sum = __shfl_sync(kAllLanes, my_sum, r);
+      const int worst = __shfl_sync(kAllLanes, my_worst, r);
+      int score[2] = {int(unsigned(two.x) + row_sum + column_sum[0]), int(unsigned(two.y) + row_sum + column_sum[1])};
 #pragma unroll
-    for (int block = 0; block < NT / 4; ++block) {
-      const int64_t column = n0 + place.column(block);
-      unsigned column_sum[8];
-      float scale[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const bool in = column + c < end;
-        column_sum[c] = in ? s.b_sums(column + c) : 0;
-        scale[c] = in && s.scale ? __ldg(s.scale + column + c) : 1;
+      for (int c = 0; c < 2; ++c) {
+        if (s.scale) score[c] = ordered(__fmul_rn(__int2float_rn(score[c]), scale[c]));
+        if (column + c >= end) score[c] = INT32_MIN;
       }
+      unsigned waiting = __ballot_sync(kAllLanes, max(score[0], score[1]) > worst);
+      if (waiting == 0) continue;
+      int64_t *const list = lists + r * pitch;
+      for (; waiting; waiting &= waiting - 1) {
+        const int owner = __ffs(int(waiting)) - 1;
 #pragma unroll
-      for (int i = 0; i < MT; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          unsigned enter = 0; // the columns, of these 8, that enter the list as it is now
-          int order[8];
-#pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            order[c] = int(unsigned(sums[i][block * 4 + c / 2][h * 2 + c % 2]) * p.pairs.last + row_sum[i][h] +
-                           column_sum[c]);
-            if (s.scale) order[c] = ordered(__fmul_rn(__int2float_rn(order[c]), scale[c]));
-            enter |= unsigned(column + c < end && order[c] > worst[i][h]) << c;
-          }
-          unsigned waiting = __ballot_sync(kAllLanes, enter != 0);
-          if (waiting == 0) continue;
-          for (; waiting; waiting &= waiting - 1) { // one lane's columns after the other
-            const int owner = __ffs(int(waiting)) - 1;
-            const int64_t row = warp_row + i * 16 + h * 8 + owner / 4;
-            int64_t *const list = s.keys + (row * s.splits + split) * s.count;
-            const unsigned columns = __shfl_sync(kAllLanes, enter, owner);
-            const int64_t column0 = n0 + block * 32 + owner % 4 * 8;
-#pragma unroll
-            for (int c = 0; c < 8; ++c)
-              if (columns >> c & 1) insert(list, s.count, key_of(__shfl_sync(kAllLanes, order[c], owner), column0 + c));
-          }
-          const int64_t row = m0 + place.row(i, h);
-          if (row < p.m) worst[i][h] = int(s.keys[((row * s.splits + split) + 1) * s.count - 1] >> 32);
+        for (int c = 0; c < 2; ++c) {
+          const int found = __shfl_sync(kAllLanes, score[c], owner);
+          if (found > worst) insert(list, s.count, key_of(found, n0 + owner * 2 + c));
         }
+      }
+      if (lane == r) my_worst = int(list[s.count - 1] >> 32);
     }
   }
 }
 
-// The lists of the parts of b become one: a block has a row; a warp merges every kMergeWarps-th list into its first one.
+// The lists of the parts of b become one: a block has a row; a warp merges every kMergeWarps-th list into its first
+// one.
 __global__ void __launch_bounds__(kMergeWarps * 32)
     merge_kernel(int64_t *const keys, const int splits, const int count, const bool scaled, void *const values,
                  int64_t *const index) {
@@ -170,7 +159,7 @@ template <class Tile> void launch_search(const CudaHammingTopk &p, void *stream)
   Launch l;
   l.grid = dim3(unsigned(blocks));
   l.block = dim3(Tile::kThreads);
-  l.smem = Tile::kShared;
+  l.smem = Tile::kShared + TileSums<Tile>::kBytes;
   l.stream = static_cast<decltype(l.stream)>(stream);
   launch(l, topk_kernel<Tile>, bit_operands(p.a, p.b), s);
   l.grid = dim3(unsigned(p.a.rows));
@@ -193,9 +182,10 @@ void hamming_topk_launch(const CudaHammingTopk &p, bool int8, void *stream) {
   else launch_search<BitTile<false, 128, 64, 32, 64, 4>>(p, stream);
 }
 
-void hamming_topk_cuda(const CudaHammingTopk &p, int device, void *stream) {
+void hamming_topk_cuda(const CudaHammingTopk &p, int plan, int device, void *stream) {
   const DeviceGuard guard(device);
-  hamming_topk_launch(p, device_limits(device).capability >= 100, stream);
+  const bool int8 = plan == kAutomatic ? device_limits(device).capability >= 100 : (plan & 2) != 0;
+  hamming_topk_launch(p, int8, stream);
 }
 
 } // namespace fastloss

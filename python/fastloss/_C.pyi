@@ -118,6 +118,11 @@ class EdgeSum:
 
 def edge_dot_cpu(args: EdgeDot, isa: int) -> None: ...
 def edge_sum_cpu(args: EdgeSum, isa: int) -> None: ...
+def lowbit_matmul_cpu(
+    *, x: int, planes: int, scale: int, x_scale: int, bias: int, y: int, m: int, ldx: int, rows: int, columns: int,
+    weights: list[int], offset: int, scale_rows: int, groups: int, group: int, transposed: bool, x_dtype: int,
+    y_dtype: int, isa: int,
+) -> None: ...  # fmt: skip
 def edge_dot_cuda(args: EdgeDot, device: int, stream: int) -> None: ...
 def edge_sum_cuda(args: EdgeSum, device: int, stream: int) -> None: ...
 def pair_map_cpu(
@@ -149,12 +154,41 @@ def pair_stats_cpu(
     column_grad: int = 0, gradients: tuple[int, int, int, int] = ..., kept: int, keep: int, isa: int,
 ) -> None: ...  # fmt: skip
 
+class Planes:
+    """The fields of csrc/bits.h."""
+
+    def __init__(
+        self, *, bits: int, popcounts: int, rows: int, columns: int, weights: list[int], offset: int
+    ) -> None: ...
+
+def has_bit_engine(engine: int) -> bool: ...
+def bgemm_cpu(
+    *, a: Planes, b: Planes, row_scale: int, column_scale: int, bias: int, activation: int, output: int, y: int,
+    popcounts: int, stream: bool, isa: int, engine: int,
+) -> None: ...  # fmt: skip
+def hamming_topk_cpu(
+    *, queries: Planes, database: Planes, scale: int, count: int, values: int, index: int, isa: int, engine: int
+) -> None: ...  # fmt: skip
+
+_Planes = tuple[int, int, int, int, list[int], int]
+
+def bgemm_cuda(
+    *, a: _Planes, b: _Planes, row_scale: int, column_scale: int, bias: int, activation: int, output: int, out: int,
+    popcounts: int, plan: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def hamming_topk_splits_cuda(m: int, n: int, device: int) -> int: ...
+def hamming_topk_cuda(
+    *, a: _Planes, b: _Planes, scale: int, count: int, keys: int, splits: int, values: int, index: int, plan: int,
+    device: int, stream: int,
+) -> None: ...  # fmt: skip
+
 class FakeQuant:
     """csrc/cpu/fake_quant.h"""
 
     def __init__(
         self, *, grad: int, x: int, scale: int, offset: int, zero_point: int, out: int, dscale: int, doffset: int, n: int,
-        groups: int, inner: int, low: float, high: float, steps: float, shift: float, dtype: int,
+        groups: int, inner: int, low: float, high: float, steps: float, shift: float, rounded: bool,
+        dtype: int,
     ) -> None: ...  # fmt: skip
 
 class QuantizeGroups:

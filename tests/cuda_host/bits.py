@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import build
-from .rows import decode, encode, int32, int64, pointer
+from .rows import EPS, TINY, close, decode, encode, int32, int64, pointer
 
 #: Weights and offset of every kind of planes (docs/design.md), and two of a kind of their own: odd weights, a weight of 0.
 KINDS = {
@@ -165,9 +165,11 @@ def run(library: Path, case: Case) -> None:
         if signs:
             assert np.array_equal(out, packed(y >= 0)) and np.array_equal(popcounts, (y >= 0).sum(1)), str(case)
         elif case.activation == SILU:
-            np.testing.assert_allclose(decode(out, case.output), y, rtol=1e-2 if case.output == "bf16" else 2e-3)
+            close(str(case), decode(out, case.output), y, (EPS[case.output] + 1e-6) * np.abs(y) + TINY[case.output])
         else:
-            assert np.array_equal(decode(out, case.output), decode(encode(y, case.output), case.output), equal_nan=True), case
+            assert np.array_equal(
+                decode(out, case.output), decode(encode(y, case.output), case.output), equal_nan=True
+            ), case
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,9 @@ def run_topk(library: Path, case: TopkCase) -> None:
         score = score if scale is None else score.astype(np.float32) * scale
         order = np.argsort(np.where(np.isnan(score), -np.inf, -score.astype(float)), axis=1, kind="stable")
         if scale is not None:  # NaN before +inf
-            order = np.stack([np.lexsort((np.arange(case.n), np.where(np.isnan(s), 0, -s), ~np.isnan(s))) for s in score])
+            order = np.stack(
+                [np.lexsort((np.arange(case.n), np.where(np.isnan(s), 0, -s), ~np.isnan(s))) for s in score]
+            )
     right = order[:, : case.count]
     assert np.array_equal(index, right), str(case)
     assert np.array_equal(values, np.take_along_axis(score, right, 1), equal_nan=bool(case.scale)), str(case)

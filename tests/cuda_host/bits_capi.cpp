@@ -31,8 +31,7 @@ const char *c_topk(const fastloss::CudaHammingTopk *p, bool int8) {
 }
 // 2 int8 + large, for a GPU with so many multiprocessors.
 int c_bgemm_plan(int64_t m, int64_t n, int multiprocessors, int capability) {
-  const fastloss::BgemmPlan plan =
-      fastloss::bgemm_plan(m, n, {multiprocessors, 8, 227 << 10, 228 << 10, capability});
+  const fastloss::BgemmPlan plan = fastloss::bgemm_plan(m, n, {multiprocessors, 8, 227 << 10, 228 << 10, capability});
   return 2 * plan.int8 + plan.large;
 }
 int c_topk_splits(int64_t m, int64_t n, int multiprocessors) {

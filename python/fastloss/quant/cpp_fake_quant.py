@@ -34,32 +34,33 @@ def _why_not_backward(grad: Tensor, x: Tensor, *args: Any) -> str | None:
     )
 
 
+def _spread(parameter: Tensor | None, groups: int) -> Tensor | None:
+    return None if parameter is None else parameter.to(torch.float32).reshape(-1).expand(groups).contiguous()
+
+
 def _launch(
-    grad: Tensor | None, x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int,
-    inner: int, low: float, high: float, steps: float, shift: float, out: Tensor | None, dscale: Tensor | None,
-    doffset: Tensor | None,
+    grad: Tensor | None, x: Tensor, out: Tensor | None, dscale: Tensor | None, doffset: Tensor | None, scale: Tensor,
+    offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int, low: float, high: float, steps: float,
+    shift: float, rounded: bool,
 ) -> None:  # fmt: skip
     x, grad = x.contiguous(), None if grad is None else grad.contiguous()
-    given = tuple(p for p in (scale, offset, zero_point) if p is not None)
+    given = (p for p in (scale, offset, zero_point) if p is not None)
     if dscale is None and doffset is None and all(p.numel() == 1 for p in given):
         groups = 1
-    scale, offset, zero_point = (
-        None if p is None else p.to(torch.float32).reshape(-1).expand(groups).contiguous()
-        for p in (scale, offset, zero_point)
-    )  # type: ignore[assignment]
+    laid = [_spread(p, groups) for p in (scale, offset, zero_point)]
     fields = _C.FakeQuant(  # type: ignore[union-attr]
-        grad=pointer(grad), x=pointer(x), scale=pointer(scale), offset=pointer(offset), zero_point=pointer(zero_point),
+        grad=pointer(grad), x=pointer(x), scale=pointer(laid[0]), offset=pointer(laid[1]), zero_point=pointer(laid[2]),
         out=pointer(out), dscale=pointer(dscale), doffset=pointer(doffset), n=x.numel(), groups=groups,
-        inner=max(inner, 1), low=low, high=high, steps=steps, shift=shift, dtype=DTYPES[x.dtype],
+        inner=max(inner, 1), low=low, high=high, steps=steps, shift=shift, rounded=rounded, dtype=DTYPES[x.dtype],
     )  # fmt: skip
     _C.fake_quant_cpu(fields, backend_cpp.ISA)  # type: ignore[union-attr]
 
 
 @kernel("fake_quant", "cpp", lambda x, *args: _why_not(x, *args[:5]))
-def fake_quant(x: Tensor, *args: Any) -> Tensor:
+def fake_quant(x: Tensor, *quantizer: Any) -> Tensor:
     """y of docs/design.md, "fake_quant"."""
     y = kept_memory.empty(x.shape, x.dtype)
-    _launch(None, x, *args, y, None, None)
+    _launch(None, x, y, None, None, *quantizer)
     return y
 
 
@@ -67,16 +68,12 @@ def fake_quant(x: Tensor, *args: Any) -> Tensor:
 def fake_quant_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, doffset), with 0 elements where `needs` does not ask for them."""
     *quantizer, needs = args
-    groups = quantizer[3]
+    groups, f32 = quantizer[3], torch.float32
     dx = kept_memory.empty(x.shape if needs & Grad.X else (0,), x.dtype)
-    dscale, doffset = (
-        torch.empty(groups if needs & flag else 0, dtype=torch.float32, device="cpu")
-        for flag in (Grad.SCALE, Grad.SHIFT)
-    )
+    dscale = torch.empty(groups if needs & Grad.SCALE else 0, dtype=f32, device="cpu")
+    doffset = torch.empty(groups if needs & Grad.SHIFT else 0, dtype=f32, device="cpu")
     _launch(
-        grad,
-        x,
-        *quantizer,
-        *(t if needs & flag else None for t, flag in ((dx, Grad.X), (dscale, Grad.SCALE), (doffset, Grad.SHIFT))),
-    )
+        grad, x, dx if needs & Grad.X else None, dscale if needs & Grad.SCALE else None,
+        doffset if needs & Grad.SHIFT else None, *quantizer,
+    )  # fmt: skip
     return dx, dscale, doffset

@@ -30,11 +30,13 @@ class Levels(NamedTuple):
 
     @property
     def largest(self) -> float:
-        """Qp of the gradient factor: the largest level."""
-        return self.high if self.steps == 1.0 else (self.steps - self.shift) / self.steps
+        """Qp of the gradient factor: the largest level, of SEQ in whole steps (ternary: 1)."""
+        if self.steps == 1.0:
+            return self.high
+        return self.steps - 1 if self.shift else 1.0
 
 
-def lsq_levels(bits: int, signed: bool = True) -> Levels:
+def lsq_levels(bits: float, signed: bool = True) -> Levels:
     """-2^(bits-1) .. 2^(bits-1) - 1, or 0 .. 2^bits - 1; one signed bit has -1, 0 and 1."""
     if bits != int(bits) or not 1 <= bits <= 16:
         raise ValueError(f"bits must be 1 to 16, got {bits}")
@@ -152,9 +154,11 @@ def fake_quant(
         raise TypeError(f"x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if mode not in ("lsq", "affine", "seq"):
         raise ValueError(f'mode must be "lsq", "affine" or "seq", got {mode!r}')
+    if mode == "seq" and not signed:
+        raise ValueError('mode="seq" has signed levels, got signed=False')
     if zero_point is not None and mode != "affine":
         raise ValueError(f'zero_point is of mode="affine", got mode={mode!r}: offset is the shift of the others')
-    levels = seq_levels(bits) if mode == "seq" else lsq_levels(int(bits), signed)._replace(rounded=mode == "affine")
+    levels = seq_levels(bits) if mode == "seq" else lsq_levels(bits, signed)._replace(rounded=mode == "affine")
     layout = layout_of(x, dim, group)
     given = [
         check_parameter(n, p, layout, x) for n, p in (("scale", scale), ("offset", offset), ("zero_point", zero_point))

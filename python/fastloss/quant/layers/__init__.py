@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from .attention import BinaryAttention
 from .binary import BinaryLayer, BinaryOptions
 from .binary_conv2d import BinaryConv2d, PackedBinaryConv2d
 from .binary_linear import BinaryLinear, PackedBinaryLinear
+from .convert import binarize_model, convert, model_nbytes, pack_model, set_surrogate
+from .elastic_linear import Choice, ElasticLinear, ElasticStep
+from .learned_step import ElasticBinarize, LearnedStep
+from .mimicking import LowRankMimicking
+from .output_scale import OutputScale
+from .packed_linear import PackedLinear
+from .quant_linear import QuantLinear
+from .ternary_linear import BitLinear, TernaryLinear
+from .weights import MultiBasisLinear, ReCU, basis_scales, multi_basis, recu_share
 
 __all__ = [
+    "BinaryAttention",
     "BinaryConv2d",
     "BinaryLayer",
     "BinaryLinear",
     "BinaryOptions",
+    "BitLinear",
+    "Choice",
+    "ElasticBinarize",
+    "ElasticLinear",
+    "ElasticStep",
+    "LearnedStep",
+    "LowRankMimicking",
+    "MultiBasisLinear",
+    "OutputScale",
     "PackedBinaryConv2d",
     "PackedBinaryLinear",
+    "PackedLinear",
+    "QuantLinear",
+    "ReCU",
+    "TernaryLinear",
+    "basis_scales",
+    "binarize_model",
+    "convert",
+    "model_nbytes",
+    "multi_basis",
+    "pack_model",
+    "recu_share",
+    "set_surrogate",
 ]

@@ -81,7 +81,8 @@ def copied(made: Any, layer: nn.Module) -> Any:
         made.weight.copy_(layer.weight)  # type: ignore[arg-type]
         if made.bias is not None:
             made.bias.copy_(layer.bias)  # type: ignore[arg-type]
-    made.reset_scale()
+    if hasattr(made, "reset_scale"):
+        made.reset_scale()
     return made.train(layer.training)
 
 
