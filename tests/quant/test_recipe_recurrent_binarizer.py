@@ -165,9 +165,9 @@ def test_errors() -> None:
         RecurrentBinarizer(4)(torch.randn(2, 3))
     with pytest.raises(RuntimeError, match="eval mode"):
         RecurrentBinarizer(4).encode(torch.randn(2, 4))
-    with pytest.raises(ValueError, match="count must be 1 to 3, got 4"):
+    with pytest.raises(ValueError, match="count must be"):
         symmetric_distance_topk(codes, codes, 4)
-    with pytest.raises(ValueError, match=r"document_norms must be \[3\]"):
+    with pytest.raises(ValueError, match=r"must be floating \[3\]"):
         symmetric_distance_topk(codes, codes, 1, torch.ones(2))
     with pytest.raises(ValueError, match="one scale a row"):
         grouped = pack_codes(torch.randn(2, 128), torch.ones(2, 2), 2, group=64)

@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...pairs import Diagonal, SameId, edge_dot, row_topk
-from .. import ops  # noqa: F401  (ops registers what torch.ops.fastloss holds)
-from ..bgemm import check_product, product_arguments
+from ..bgemm import check_product
 from ..binarize import binarize
 from ..bit_tensor import BitTensor, check_bits
 from ..bits import pack_codes, unpack_bits
+from ..hamming_topk import hamming_topk
 
-_ops = torch.ops.fastloss
 #: A BitTensor has at most so many planes.
 _MOST = 4
 #: Rows that are unpacked at a time to find their norms.
@@ -142,18 +141,10 @@ def symmetric_distance_topk(
     for name, bits in (("queries", queries), ("documents", documents)):
         if bits.scale is not None and bits.scale.shape[1] != 1:
             raise ValueError(f"{name} must have one scale a row, got groups of {bits.group} columns")
-    if not isinstance(count, int) or not 1 <= count <= documents.rows:
-        raise ValueError(f"count must be 1 to {documents.rows}, got {count!r}")
-    if document_norms is None:
-        document_norms = inverse_norms(documents)
-    if document_norms.shape != (documents.rows,) or document_norms.device != documents.device:
-        raise ValueError(
-            f"document_norms must be [{documents.rows}] on {documents.device}, got {list(document_norms.shape)} on "
-            f"{document_norms.device}"
-        )
-    scores, index = _ops.hamming_topk.default(*product_arguments(queries, documents), document_norms.float(), count)
-    lead = queries.shape[:-1]
-    return (scores * inverse_norms(queries)[:, None]).reshape(*lead, count), index.reshape(*lead, count)
+    norms = inverse_norms(documents) if document_norms is None else document_norms
+    plain = (queries._replace(scale=None), documents._replace(scale=None))
+    scores, index = hamming_topk(*plain, count, inverse_norms=norms)
+    return scores * inverse_norms(queries).reshape(*queries.shape[:-1], 1), index
 
 
 def recurrent_binarizer_loss(
