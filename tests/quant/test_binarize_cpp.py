@@ -175,7 +175,9 @@ HARD_POINTS = (
 def test_a_slope_of_zero_stops_any_gradient(isa: int) -> None:
     x, grad = torch.tensor([[3.0, 3.0, 3.0, 0.5]]), torch.tensor([[float("nan"), float("inf"), 1.0, 2.0]])
     for mask in (None, torch.nn.functional.pad(torch.tensor([[8]], dtype=torch.uint8), (0, 63))):
-        dx = on("cpp", "binarize_backward", grad, x, None, mask, None, None, None, 1, 1, int(Surrogate.CLIP), 1.0, 0.0, 1)[0]
+        dx = on(
+            "cpp", "binarize_backward", grad, x, None, mask, None, None, None, 1, 1, int(Surrogate.CLIP), 1.0, 0.0, 1
+        )[0]
         assert dx.tolist() == [[0, 0, 0, 2]]
 
 

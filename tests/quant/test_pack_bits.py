@@ -129,7 +129,8 @@ def test_the_same_on_one_thread_and_on_two(isa: int, threads: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda x: x[:, ::2], lambda x: x.t(), lambda x: x[1:, 3:], lambda x: x[:0], lambda x: x[:1].expand(6, -1)]
+    "change",
+    [lambda x: x[:, ::2], lambda x: x.t(), lambda x: x[1:, 3:], lambda x: x[:0], lambda x: x[:1].expand(6, -1)],
 )
 def test_any_strides(isa: int, change) -> None:
     check("pack_bits", change(numbers(8, 150, torch.float32)), int(Pack.SIGN), None, None, 0, 0, 1)
