@@ -93,17 +93,19 @@ private:
       scale[lane] = output + lane < p.n ? p.group_scale(output + lane, s.group) : 0.f;
   }
 
-  // sums [strip][32][32] += a segment of 32 outputs
+  // sums [strip][32][32] += a segment of 32 outputs. A long sum in fp32 is a sum of those of chunks, which loses fewer
+  // digits; rounded to 16 bits, that does not show.
   FASTLOSS_AVX512 void add_floats(const Segment &s, int64_t chunk, int64_t output, const uint32_t *right,
                                   float *product, float *sums) {
     alignas(64) float scale[kTile];
     if (p.grouped()) group_scales(s, output, scale);
+    else std::fill_n(scale, kTile, 1.f);
+    const bool apart = p.grouped() || (p.args.y_dtype == kFloat32 && chunks > 1), start = chunk == 0 && s.begin == 0;
     const int64_t at = s.begin / kColumns * kBlock, steps = (s.end - s.begin + kColumns - 1) / kColumns;
-    const bool start = chunk == 0 && s.begin == 0;
     for (int64_t strip = 0; strip < strips; ++strip, sums += kProduct) {
       const uint32_t *left = operand(strip, chunk) + at;
-      Tiles::multiply(left, parts, right + at, steps, p.grouped() ? product : sums, !p.grouped() && !start);
-      if (p.grouped()) add_scaled(product, scale, sums, start);
+      Tiles::multiply(left, parts, right + at, steps, apart ? product : sums, !apart && !start);
+      if (apart) add_scaled(product, scale, sums, start);
     }
   }
 

@@ -100,26 +100,25 @@ template <bool INT8> struct TileUnit {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t step = 0; step < steps; ++step, left += kBlock, right += kBlock) {
-      _tile_loadd(6, right, kWideRow);
-      _tile_loadd(7, right + 16, kWideRow);
-      for (int part = 0; part < parts; ++part) {
-        const uint32_t *rows = left + part * kPart;
-        _tile_loadd(4, rows, kLeftRow);
-        _tile_loadd(5, rows + 16 * kStepUnits, kLeftRow);
+    for (int part = parts - 1; part >= 0; --part) // the smallest first, while they are not lost beside the sum
+      for (int64_t step = 0; step < steps; ++step) {
+        const uint32_t *a = left + part * kPart + step * kBlock, *b = right + step * kBlock;
+        _tile_loadd(6, b, kWideRow);
+        _tile_loadd(4, a, kLeftRow);
+        _tile_loadd(5, a + 16 * kStepUnits, kLeftRow);
+        _tile_loadd(7, b + 16, kWideRow);
         if constexpr (INT8) {
           _tile_dpbssd(0, 4, 6);
-          _tile_dpbssd(1, 4, 7);
           _tile_dpbssd(2, 5, 6);
+          _tile_dpbssd(1, 4, 7);
           _tile_dpbssd(3, 5, 7);
         } else {
           _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
           _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(1, 4, 7);
           _tile_dpbf16ps(3, 5, 7);
         }
       }
-    }
     _tile_stored(0, product, kWideRow);
     _tile_stored(1, product + 16, kWideRow);
     _tile_stored(2, product + 16 * kTile, kWideRow);
