@@ -68,8 +68,10 @@ def _why_not_pack(
 ) -> str | None:
     if not 0 < planes <= MOST_PLANES:
         return f"makes 1 to {MOST_PLANES} planes, got planes={planes}"
-    return _matrix("x", x) or next(
-        filter(None, (_table(name, t, *x.shape, group) for name, t in (("center", center), ("scale", scale)))), None
+    return (
+        _matrix("x", x)
+        or _table("center", center, x.shape[0], x.shape[1], group)
+        or _table("scale", scale, x.shape[0], x.shape[1], group)
     )
 
 
