@@ -29,15 +29,16 @@ __device__ inline float activate(float y, int activation) {
 // 4 neighbouring numbers of a row of n, of which `left` are inside.
 template <class T, class V> __device__ void put_four(void *out, int64_t at, int64_t n, int64_t left, const V (&y)[4]) {
   T *const to = static_cast<T *>(out) + at;
-  alignas(4 * sizeof(T)) T value[4];
+  T value[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     if constexpr (std::is_same_v<T, V>) value[c] = y[c];
     else store(value[c], y[c]);
   }
   if (left >= 4 && n % 4 == 0) {
-    using Four = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
-    *reinterpret_cast<Four *>(to) = *reinterpret_cast<const Four *>(value);
+    std::conditional_t<sizeof(T) == 4, uint4, uint2> four;
+    memcpy(&four, value, sizeof four);
+    *reinterpret_cast<decltype(four) *>(to) = four;
   } else {
 #pragma unroll
     for (int c = 0; c < 4; ++c)

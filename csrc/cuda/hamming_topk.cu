@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMergeWarps * 32)
   };
   for (int split = warp + kMergeWarps; split < splits; split += kMergeWarps)
     merge(lists + warp * count, lists + split * count);
-  __syncthreads();
+  __syncthreads(); // all lists but the first few are in these
   if (warp > 0) return;
   for (int split = 1; split < min(splits, kMergeWarps); ++split) merge(lists, lists + split * count);
   __syncwarp();

@@ -103,7 +103,7 @@ def test_topk_kinds(int8: bool) -> None:
 
 def test_topk_of_many_parts(library: Path) -> None:
     """More lists than a block that merges them has warps, some of them empty; more rows than a block has."""
-    run_topk(library, TopkCase(3, 1300, 3, 40, 25))
+    run_topk(library, TopkCase(3, 1300, 40, 40, 25))
     run_topk(library, TopkCase(131, 130, 20, 3, 1))
 
 
