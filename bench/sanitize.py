@@ -129,7 +129,7 @@ def bits(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> int:
     if not fastloss.registry.able("bgemm", *product, row, column, column, 3, dtype):
         return calls
     newest = device == "cuda" and torch.cuda.get_device_capability()[0] >= 10
-    for plan in (-1,) if device == "cpu" else (2, 3) if newest else (0, 1, 2, 3):
+    for plan in (-1,) if device == "cpu" else (4, 5) if newest else (0, 1, 4, 5):
         cuda_bgemm.PLAN = plan
         ops.bgemm(*product, None, None, None, 0, torch.int32)
         ops.bgemm(*product, row, column, column, 3, dtype)

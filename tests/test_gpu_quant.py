@@ -14,8 +14,8 @@ from gpu_quant_checks import OPS, SHAPES, check_bgemm, check_every_op, check_ham
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Bits and int8, small and large tiles (csrc/cuda/bit_products.h), and what the device wants.
-PLANS = (-1, 0, 1, 2, 3)
+#: Bits and int8, tiles of each size (csrc/cuda/bit_products.h), and what the device wants.
+PLANS = (-1, 0, 1, 2, 4, 5, 6)
 
 
 def first_backend(op: str) -> str | None:
@@ -27,8 +27,10 @@ def first_backend(op: str) -> str | None:
 @pytest.fixture(params=PLANS)
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """One of the kernels of a product."""
-    if request.param in (0, 1) and torch.cuda.get_device_capability()[0] >= 10:
+    if request.param in (0, 1, 2) and torch.cuda.get_device_capability()[0] >= 10:
         pytest.skip("no tensor cores for bits from sm_100 on")
+    if request.param % 4 == 2 and torch.cuda.get_device_properties(0).shared_memory_per_block_optin < 160 << 10:
+        pytest.skip("no room for the largest tiles")
     monkeypatch.setattr(cuda_bgemm, "PLAN", request.param)
     return int(request.param)
 

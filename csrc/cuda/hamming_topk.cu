@@ -51,7 +51,7 @@ __device__ inline void insert(int64_t *list, int count, int64_t key) {
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     topk_kernel(const __grid_constant__ BitOperands p, const __grid_constant__ Search s) {
   static_assert(Tile::WN == Tile::BN && Tile::BN == 64 && Tile::WM == 32, "a warp has whole rows, a lane one of them");
   const int split = int(blockIdx.x) % s.splits;
@@ -184,7 +184,7 @@ void hamming_topk_launch(const CudaHammingTopk &p, bool int8, void *stream) {
 
 void hamming_topk_cuda(const CudaHammingTopk &p, int plan, int device, void *stream) {
   const DeviceGuard guard(device);
-  const bool int8 = plan == kAutomatic ? device_limits(device).capability >= 100 : (plan & 2) != 0;
+  const bool int8 = plan == kAutomatic ? device_limits(device).capability >= 100 : (plan & 4) != 0;
   hamming_topk_launch(p, int8, stream);
 }
 

@@ -113,7 +113,7 @@ class Case:
     activation: int = NONE
     fill: str = "random"
     int8: bool = False
-    large: bool = False
+    tile: int = 0
 
     def __str__(self) -> str:
         return " ".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, None))
@@ -154,7 +154,7 @@ def run(library: Path, case: Case) -> None:
         a.c, b.c, address(row), address(column), address(bias), case.activation, OUTPUTS[case.output], out.ctypes.data,
         popcounts.ctypes.data,
     )  # fmt: skip
-    error = build.load(library).c_bgemm(ctypes.byref(call), ctypes.c_bool(case.int8), ctypes.c_bool(case.large))
+    error = build.load(library).c_bgemm(ctypes.byref(call), ctypes.c_bool(case.int8), case.tile)
     assert error is None, f"{case}: {error}"
     acc = a.values @ b.values.T
     if case.output == "int32":
@@ -225,7 +225,7 @@ def small_cases() -> list[Case | TopkCase]:
         Case(67, 70, 1100, "ternary", "codes2", int8=True),
         Case(66, 65, 600, "codes4", "ternary", "bf16", "rcb", RELU),
         Case(2, 513, 40, output="signs", epilogue="b"),
-        Case(130, 129, 513, output="fp16", epilogue="r", large=True),
+        Case(130, 129, 513, output="fp16", epilogue="r", tile=1),
         TopkCase(3, 200, 70, 10, 2),
         TopkCase(1, 640, 33, 4, 10),
         TopkCase(35, 130, 513, 40, 3, "ternary", "codes2", "hard", int8=True),
