@@ -9,6 +9,8 @@
 namespace fastloss {
 namespace {
 
+constexpr float kLog2eLost = 1.92596299e-08f; // log2(e) - kLog2e
+
 typedef void (*WriteBlock)(const Bgemm &, const BitSums &);
 
 } // namespace
@@ -27,7 +29,7 @@ void write_integers(const Bgemm &args, const BitSums &block) {
 }
 
 WriteBlock writer_for(int output, int level) {
-  if (output == kOutInt32) return &write_integers;
+  if (output == kBgemmInt32) return &write_integers;
 #ifdef __x86_64__
   if (level >= kAvx512) return avx512::writer_of(output);
   if (level == kAvx2) return avx2::writer_of(output);
@@ -50,7 +52,7 @@ void bgemm_cpu(const Bgemm &args, int isa, int engine) {
   const int threads = bit_threads(products);
   const std::vector<BitConsumer *> consumers(size_t(threads), &writer);
   multiply_bits(products, consumers.data(), threads);
-  if (args.output != kOutSigns) return;
+  if (args.output != kBgemmSigns) return;
   const int64_t words = row_bytes(args.b.rows) / 8;
   for (int64_t i = 0; i < args.a.rows; ++i) {
     const uint8_t *row = static_cast<const uint8_t *>(args.y) + i * words * 8;

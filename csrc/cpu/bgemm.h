@@ -5,13 +5,13 @@
 
 namespace fastloss {
 
-enum BgemmOutput : int { kOutFloat32 = 0, kOutFloat16 = 1, kOutBFloat16 = 2, kOutInt32 = 3, kOutSigns = 4 };
+enum BgemmOutput : int { kBgemmInt32 = 3, kBgemmSigns = 4 }; // below: DType
 
 struct Bgemm {
   Planes a, b;
   const float *row_scale, *column_scale, *bias; // [M], [N], [N], or null
   int activation;
-  int output;
+  int output;         // kFloat32, kFloat16, kBFloat16 (fastloss.h) or a BgemmOutput
   void *y;            // [M][N] of the output's type; signs: [M][row_bytes(N)], zeros
   int32_t *popcounts; // signs: [M]
   bool stream;        // past the cache: y is larger than it

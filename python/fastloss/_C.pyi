@@ -168,6 +168,8 @@ def bgemm_cpu(
 ) -> None: ...  # fmt: skip
 def hamming_topk_cpu(
     *, queries: Planes, database: Planes, scale: int, count: int, values: int, index: int, isa: int, engine: int
+) -> None: ...  # fmt: skip
+
 _Planes = tuple[int, int, int, int, list[int], int]
 
 def bgemm_cuda(
@@ -204,6 +206,15 @@ class DequantizeGroups:
         self, *, codes: int, lows: int, steps: int, x: int, n: int, group: int, bits: int, dtype: int
     ) -> None: ...
 
+class SavedGradient:
+    """csrc/cpu/saved_gradient.h"""
+
+    def __init__(
+        self, *, codes: int, lows: int, steps: int, grad: int, out: int, n: int, group: int, columns: int, bits: int,
+        function: int, dtype: int,
+    ) -> None: ...  # fmt: skip
+
+def saved_gradient_cpu(args: SavedGradient, isa: int) -> None: ...
 def fake_quant_cpu(args: FakeQuant, isa: int) -> None: ...
 def quantize_groups_cpu(args: QuantizeGroups, isa: int) -> None: ...
 def dequantize_groups_cpu(args: DequantizeGroups, isa: int) -> None: ...

@@ -11,20 +11,25 @@ from .binary_conv2d import binary_conv2d
 from .binary_linear import binary_linear
 from .bit_tensor import BitTensor
 from .bits import pack_bits, pack_codes, pack_ternary, unpack_bits
-from .elastic import ElasticQuantizer
 from .dynamic_sign import dynamic_sign
+from .elastic import ElasticQuantizer
 from .elastic_binarize import elastic_binarize, elastic_scale
 from .fake_quant import fake_quant
+from .hamming_topk import hamming_topk
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
+from .saved_activation import ActivationCodec, EncodedActivation, saved_activation
+from .saved_functions import gelu, layer_norm, silu, softmax
 from .scales import absmax_scale, lsq_scale, minmax_scale, searched_scale
 from .surrogates import reste_power
 from .ternarize import ternarize
 from .ternary_linear import ternary_linear
 
 __all__ = [
+    "ActivationCodec",
     "BitTensor",
     "ElasticQuantizer",
+    "EncodedActivation",
     "absmax_scale",
     "bgemm",
     "binarize",
@@ -35,6 +40,9 @@ __all__ = [
     "elastic_binarize",
     "elastic_scale",
     "fake_quant",
+    "gelu",
+    "hamming_topk",
+    "layer_norm",
     "layers",
     "lowbit_linear",
     "lsq_scale",
@@ -44,7 +52,10 @@ __all__ = [
     "pack_codes",
     "pack_ternary",
     "reste_power",
+    "saved_activation",
     "searched_scale",
+    "silu",
+    "softmax",
     "softmax_aware_binarize",
     "surrogates",
     "ternarize",

@@ -83,8 +83,8 @@ def _run(
     b_weights: Sequence[int], b_offset: int, row_scale: Tensor | None, column_scale: Tensor | None,
     bias: Tensor | None, activation: int, output: int, y: Tensor, popcounts: Tensor | None,
 ) -> None:  # fmt: skip
-    left, kept_left = _planes("a", a, a_popcounts, columns, a_weights, a_offset)
-    right, kept_right = _planes("b", b, b_popcounts, columns, b_weights, b_offset)
+    left, _kept_left = _planes("a", a, a_popcounts, columns, a_weights, a_offset)
+    right, _kept_right = _planes("b", b, b_popcounts, columns, b_weights, b_offset)
     m, n = a.shape[1], b.shape[1]
     row_scale = _numbers("row_scale", row_scale, m)
     column_scale, bias = _numbers("column_scale", column_scale, n), _numbers("bias", bias, n)
@@ -138,8 +138,8 @@ def hamming_topk(
     b_weights: Sequence[int], b_offset: int, b_scale: Tensor | None, count: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The `count` largest products of each row of a with rows of b, times b_scale, and the indices of these rows."""
-    queries, kept_queries = _planes("a", a, a_popcounts, columns, a_weights, a_offset)
-    database, kept_database = _planes("b", b, b_popcounts, columns, b_weights, b_offset)
+    queries, _kept_queries = _planes("a", a, a_popcounts, columns, a_weights, a_offset)
+    database, _kept_database = _planes("b", b, b_popcounts, columns, b_weights, b_offset)
     m, n = a.shape[1], b.shape[1]
     if not 0 <= count <= n:
         raise ValueError(f"count must be 0 to {n}, the rows that there are, got {count}")

@@ -80,8 +80,8 @@ def by_op(op: str) -> Callable[..., Any]:
 
 
 OPS = (
-    "pack_bits", "unpack_bits", "bgemm", "bgemm_signs", "hamming_topk", "nearest_key", "lowbit_matmul", "binarize", "binarize_backward",
-    "fake_quant", "fake_quant_backward", "quantize_groups", "dequantize_groups",
+    "pack_bits", "unpack_bits", "bgemm", "bgemm_signs", "hamming_topk", "nearest_key", "lowbit_matmul",
+    "binarize", "binarize_backward", "fake_quant", "fake_quant_backward", "quantize_groups", "dequantize_groups",
 )  # fmt: skip
 
 
