@@ -66,22 +66,25 @@ def _composed(
     return (sign * size + size.detach() * reference_quant.slope(at, kind, p0, p1).nan_to_num(0.0) * moved).to(x.dtype)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _given(t: Tensor) -> Tensor | None:
+    return t if t.numel() else None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
     x, shift, scale, layout, surrogate, kept = inputs
-    _, signs, mask, codes = output
-    ctx.mark_non_differentiable(signs, mask, codes)
     exact = not kept & (_MASK | _CODES) and surrogate.kind != Surrogate.IDENTITY
-    ctx.save_for_backward(x if exact else None, shift, scale, signs, mask, codes)
-    ctx.layout, ctx.surrogate, ctx.kept, ctx.shape = layout, surrogate, kept, x.shape
+    ctx.save_for_backward(x if exact else None, shift, scale, *(_given(t) for t in saved))
+    ctx.layout, ctx.surrogate, ctx.shape = layout, surrogate, x.shape
 
 
 def _forward(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, layout: Layout, surrogate: SurrogateFunction, kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, signs, mask, codes)."""
     y, signs, _, mask, codes = _op("binarize", x, shift, scale)(
         rows_of(x), shift, scale, *layout, *_numbers(surrogate), _DENSE | kept
     )
-    return y.reshape(x.shape), signs, mask, codes
+    return y if y.shape == x.shape else y.reshape(x.shape), signs, mask, codes
 
 
 def _op(name: str, *tensors: Tensor | None) -> Any:
@@ -95,10 +98,6 @@ def _numbers(surrogate: SurrogateFunction) -> tuple[int, float, float]:
     return int(surrogate.kind), surrogate.p0, surrogate.p1
 
 
-def _given(t: Tensor) -> Tensor | None:
-    return t if t.numel() else None
-
-
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, shift, scale, signs, mask, codes = ctx.saved_tensors
     needs = sum(flag for flag, needed in zip((_X, _SHIFT, _SCALE), ctx.needs_input_grad, strict=False) if needed)
@@ -107,11 +106,11 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     else:
         run = _op("binarize_backward", grad, shift, scale)
     dx, dscale, dshift = run(
-        rows_of(grad), None if x is None else rows_of(x), _given(signs), _given(mask), _given(codes), shift, scale,
+        rows_of(grad), None if x is None else rows_of(x), signs, mask, codes, shift, scale,
         *ctx.layout, *_numbers(ctx.surrogate), needs,
     )  # fmt: skip
     return (
-        dx.reshape(ctx.shape) if needs & _X else None,
+        (dx if dx.shape == ctx.shape else dx.reshape(ctx.shape)) if needs & _X else None,
         of_parameter(dshift, shift) if needs & _SHIFT else None,
         of_parameter(dscale, scale) if needs & _SCALE else None,
         None, None, None,
@@ -125,10 +124,10 @@ def of_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 class _Binarize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, *saved = _forward(*inputs)
+        _keep(ctx, inputs, tuple(saved))
+        return y
 
     backward = staticmethod(_backward)
 
@@ -140,7 +139,11 @@ class _BinarizeFunctorch(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return _forward(*inputs)
 
-    setup_context = staticmethod(_setup)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _keep(ctx, inputs, output[1:])
+
     backward = staticmethod(_backward)
 
 
@@ -225,8 +228,8 @@ def binarize(
         return _packed(x, function, scale, shift, layout)
     if forward_mode_active():
         return _composed(x, shift, scale, layout, function)
-    apply = (_BinarizeFunctorch if functorch_active() else _Binarize).apply
-    return apply(x, shift, scale, layout, function, _kept(slopes, function, x, shift, scale))[0]
+    inputs = (x, shift, scale, layout, function, _kept(slopes, function, x, shift, scale))
+    return _BinarizeFunctorch.apply(*inputs)[0] if functorch_active() else _Binarize.apply(*inputs)
 
 
 def _packed(

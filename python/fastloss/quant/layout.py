@@ -47,6 +47,8 @@ def check_parameter(name: str, parameter: Tensor | None, layout: Layout, x: Tens
 
 def rows_of(x: Tensor) -> Tensor:
     """x as [rows, columns], contiguous."""
+    if x.dim() == 2 and x.numel() and x.is_contiguous():
+        return x
     return (
         x.reshape(-1, x.shape[-1] if x.dim() else 1).contiguous()
         if x.numel()
