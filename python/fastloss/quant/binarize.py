@@ -41,11 +41,15 @@ def _saved(save: str, surrogate: SurrogateFunction) -> int:
     return _MASK if save == "mask" or kind == Surrogate.CLIP else 0
 
 
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _kept(slopes: int, surrogate: SurrogateFunction, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> int:
     """`slopes`, and the signs where the scale's gradient wants them and x is not kept; nothing without a gradient."""
     if functorch_active():  # which does not say what requires a gradient
         learned = scale is not None
-    elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, shift, scale)):
+    elif not _differentiable(x, shift, scale):
         return 0
     else:
         learned = scale is not None and scale.requires_grad
@@ -229,7 +233,9 @@ def binarize(
     if forward_mode_active():
         return _composed(x, shift, scale, layout, function)
     inputs = (x, shift, scale, layout, function, _kept(slopes, function, x, shift, scale))
-    return _BinarizeFunctorch.apply(*inputs)[0] if functorch_active() else _Binarize.apply(*inputs)
+    if functorch_active():
+        return _BinarizeFunctorch.apply(*inputs)[0]
+    return _Binarize.apply(*inputs) if _differentiable(x, shift, scale) else _forward(*inputs)[0]
 
 
 def _packed(
