@@ -57,7 +57,7 @@ def _composed(
     at = u.detach()
     sign = torch.where((torch.sin(p0 * at) if kind == Surrogate.BIPER else at) >= 0, 1.0, -1.0).to(u.dtype)
     moved = (u - at).nan_to_num(0.0)  # inf - inf
-    return (sign * size + size.detach() * reference_quant.slope(at, kind, p0, p1) * moved).to(x.dtype)
+    return (sign * size + size.detach() * reference_quant.slope(at, kind, p0, p1).nan_to_num(0.0) * moved).to(x.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -151,6 +151,8 @@ def _statistics(
     if center and shift is not None:
         raise ValueError("center makes its own shift: give one of them")
     along = None if isinstance(scale, str) and scale == "mean" else dim
+    if center or isinstance(scale, str):
+        layout_of(x, along)  # raises for a dim that x does not have
     if center:
         wide = x.to(ops.wide(x))
         shift = wide.mean().reshape(1) if along is None else wide.movedim(along, 0).reshape(x.shape[along], -1).mean(1)
