@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from common import Group
 from fastloss import quant
-from implementations import Call, Case, ours
+from implementations import CASES, Call, Case, ours
 
 
 def _codes(rows: int, columns: int, device: str, bits: int) -> tuple[Tensor, quant.BitTensor]:
@@ -49,4 +47,4 @@ def hamming_topk(group: Group) -> Case:
     return Case(calls, (), queries.nbytes + database.nbytes, 2 * m * n * k)
 
 
-BIT_CASES: dict[str, Callable[[Group], Case]] = {"bgemm": bgemm, "hamming_topk": hamming_topk}
+CASES |= {"bgemm": bgemm, "hamming_topk": hamming_topk}

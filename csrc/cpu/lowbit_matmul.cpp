@@ -108,6 +108,7 @@ void run_avx512(const Problem &p, int level) {
   else if (level >= kAmxBf16 && (p.integer() || sixteen)) run_packed<TileUnit<false>>(p, 1);
   else if (level >= kAmxBf16)
     run_packed<TileUnit<false>>(p, p.args.y_dtype == kFloat32 && (p.factor || p.args.x_dtype == kFloat32) ? 3 : 2);
+  else if (level >= kAvx512Bf16 && p.integer() && __builtin_cpu_supports("avx512vnni")) run_packed<VnniTiles>(p, 1);
   else if (level >= kAvx512Bf16 && (p.integer() || sixteen)) run_packed<VectorTiles<linear::Bf16Tiles>>(p, 1);
   else run_packed<VectorTiles<linear::Fp32Tiles>>(p, 1);
 }
