@@ -18,14 +18,18 @@ from .fake_quant import fake_quant
 from .hamming_topk import hamming_topk
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
+from .saved_activation import ActivationCodec, EncodedActivation, saved_activation
+from .saved_functions import gelu, layer_norm, silu, softmax
 from .scales import absmax_scale, lsq_scale, minmax_scale, searched_scale
 from .surrogates import reste_power
 from .ternarize import ternarize
 from .ternary_linear import ternary_linear
 
 __all__ = [
+    "ActivationCodec",
     "BitTensor",
     "ElasticQuantizer",
+    "EncodedActivation",
     "absmax_scale",
     "bgemm",
     "binarize",
@@ -36,7 +40,9 @@ __all__ = [
     "elastic_binarize",
     "elastic_scale",
     "fake_quant",
+    "gelu",
     "hamming_topk",
+    "layer_norm",
     "layers",
     "lowbit_linear",
     "lsq_scale",
@@ -46,7 +52,10 @@ __all__ = [
     "pack_codes",
     "pack_ternary",
     "reste_power",
+    "saved_activation",
     "searched_scale",
+    "silu",
+    "softmax",
     "softmax_aware_binarize",
     "surrogates",
     "ternarize",

@@ -88,7 +88,7 @@ def binary_attention(
         surrogate: of the signs of q, k and v, as of `binarize`.
         binary_values: False keeps v as it is.
 
-    Without gradients q, k and b are packed, the scores are products of bits and no exponential is taken: the result is
+    Without gradients q, k, v and b are packed, the scores are products of bits and no exponential is taken: the result is
     the same. Rows that see no key are 0. There is no dropout, and b is not divided by its sum: the paper's default has no
     scale there. "BiViT: Extremely Compressed Binary Vision Transformer". Raises ValueError and TypeError.
     """
@@ -121,32 +121,28 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 def _inference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, beta: float, surrogate: str, binary_values: bool
 ) -> Tensor:
-    lead = q.shape[:-2]
-    bits_q, bits_k = (binarize(t.flatten(0, -3), surrogate, packed=True) for t in (_three(q), _three(k)))
-    values = _three(v).flatten(0, -3)
-    if binary_values:
-        columns = binarize(values, surrogate)
-        bits_v = pack_bits(columns.transpose(-1, -2).contiguous())  # type: ignore[union-attr]
-    assert isinstance(bits_q, BitTensor) and isinstance(bits_k, BitTensor)
-    products = [bgemm(_matrix(bits_q, i), _matrix(bits_k, i)) for i in range(values.shape[0])]
-    if not products:
-        return v.new_zeros((*lead, q.shape[-2], v.shape[-1]))
-    scores = torch.stack(products).to(q.dtype) * scale  # type: ignore[arg-type]
-    seen = softmax_aware_binarize(_masked(scores.reshape(*lead, *scores.shape[1:]), mask), beta, packed=binary_values)
+    def signs(t: Tensor) -> BitTensor:
+        return binarize(t, surrogate, packed=True)  # type: ignore[return-value]
+
+    scores = _masked(_products(signs(q), signs(k)).to(q.dtype) * scale, mask)
     if not binary_values:
-        return seen @ v  # type: ignore[operator]
-    assert isinstance(seen, BitTensor)
-    flat = seen._replace(
-        planes=seen.planes.reshape(1, -1, *seen.planes.shape[-2:]), popcounts=seen.popcounts.reshape(1, -1, q.shape[-2])
-    )
-    found = [bgemm(_matrix(flat, i), _matrix(bits_v, i)) for i in range(values.shape[0])]
-    return torch.stack(found).to(v.dtype).reshape(*lead, q.shape[-2], v.shape[-1])  # type: ignore[arg-type]
+        return softmax_aware_binarize(scores, beta) @ v  # type: ignore[operator]
+    seen = softmax_aware_binarize(scores, beta, packed=True)
+    return _products(seen, signs(v.transpose(-1, -2))).to(v.dtype)  # type: ignore[arg-type]
 
 
-def _three(t: Tensor) -> Tensor:
-    return t[None] if t.dim() == 2 else t
+def _products(a: BitTensor, b: BitTensor) -> Tensor:
+    """a bᵀ, int32 [..., M, N], of every pair of matrices in two batches."""
+    lead, (m, n) = a.shape[:-2], (a.shape[-2], b.shape[-2])
+    pairs = zip(_matrices(a), _matrices(b), strict=True)
+    found = [bgemm(x, y) for x, y in pairs]
+    return torch.stack(found).reshape(*lead, m, n) if found else a.popcounts.new_zeros((*lead, m, n))  # type: ignore[arg-type]
 
 
-def _matrix(bits: BitTensor, index: int) -> BitTensor:
-    """One of a batch of matrices."""
-    return bits._replace(planes=bits.planes[:, index], popcounts=bits.popcounts[:, index])
+def _matrices(bits: BitTensor) -> list[BitTensor]:
+    """The matrices of a batch."""
+    planes, popcounts = bits.planes, bits.popcounts
+    if planes.dim() == 3:
+        return [bits]
+    batch = zip(planes.flatten(1, -3).unbind(1), popcounts.flatten(1, -2).unbind(1), strict=True)
+    return [bits._replace(planes=p, popcounts=c) for p, c in batch]

@@ -9,6 +9,7 @@ from ..pairs.arguments import autocast_dtype
 from .binarize import _statistics, binarize
 from .binary_linear import SAVES
 from .contract import Surrogate
+from .ops import wide
 from .patches import PADDING_MODES, Geometry
 from .sign_conv2d import SignConv2d
 from .surrogates import SurrogateFunction, surrogate_of
@@ -110,12 +111,16 @@ def binary_conv2d(
     if isinstance(scale, Tensor) and scale.numel() not in (1, weight.shape[0]):
         raise ValueError(f"scale must hold 1 or {weight.shape[0]} numbers, got {list(scale.shape)}")
     factor, shift, _ = _statistics(weight, scale, center, None, 0, detach)
-    weight_signs = binarize(weight, weight_surrogate, shift=shift)
+    # Rows as long as can be: a mask has whole rows of 64 bytes.
+    weight_signs = binarize(weight.flatten(1), weight_surrogate, shift=shift).reshape(weight.shape)  # type: ignore[union-attr]
     function = surrogate_of(input_surrogate)
     leveled = save == "auto" and function.kind not in (Surrogate.CLIP, Surrogate.IDENTITY, Surrogate.BIPER)
-    signs = binarize(
-        x.permute(0, 2, 3, 1), function, shift=input_shift, dim=-1, save="u8" if leveled else "auto"
-    )  # fmt: skip
+    u = x.permute(0, 2, 3, 1)
+    if input_shift is not None:
+        if input_shift.numel() not in (1, x.shape[1]):
+            raise ValueError(f"input_shift must hold 1 or {x.shape[1]} numbers, got {list(input_shift.shape)}")
+        u = u.to(wide(u)) - input_shift.reshape(-1)
+    signs = binarize(u.flatten(1), function, save="u8" if leveled else "auto").reshape(u.shape)  # type: ignore[union-attr]
     if factor is not None:
         factor = factor.reshape(-1).expand(weight.shape[0])
     return SignConv2d.apply(signs, weight_signs, factor, bias, geometry, autocast_dtype(x))

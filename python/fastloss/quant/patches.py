@@ -61,7 +61,7 @@ def _whole_bytes(x: Tensor) -> Tensor:
 
 def pack_pixels(x: Tensor, geometry: Geometry) -> Tensor:
     """Signs of x [N, H, W, groups * channels] as planes [1, N, B]: one row an image, pixel after pixel."""
-    flat = _whole_bytes(x.unflatten(-1, (geometry.groups, geometry.channels))).reshape(x.shape[0], -1)
+    flat = _whole_bytes(x.unflatten(-1, (geometry.groups, geometry.channels))).flatten(1)
     return _ops.pack_bits.default(flat, int(Pack.SIGN), None, None, 0, 0, 1)[0]
 
 
@@ -70,7 +70,7 @@ def unpack_pixels(planes: Tensor, geometry: Geometry, dtype: torch.dtype) -> Ten
     g = geometry
     columns = g.height * g.width * g.groups * 8 * g.channel_bytes
     flat = _ops.unpack_bits.default(planes, columns, [2], -1, None, 0, dtype)
-    x = flat.reshape(-1, g.height, g.width, g.groups, 8 * g.channel_bytes)[..., : g.channels]
+    x = flat.unflatten(1, (g.height, g.width, g.groups, 8 * g.channel_bytes))[..., : g.channels]
     return x.flatten(3).permute(0, 3, 1, 2)
 
 
@@ -135,9 +135,8 @@ def patches(planes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     rows = pixels.new_zeros((g.groups, popcounts.numel() // g.groups, row_bytes(g.columns)))
     if g.channel_bytes % 8 == 0:  # eight bytes at a time
         pixels = pixels.contiguous().view(torch.int64)
-    out = rows.view(pixels.dtype)[..., : g.columns // 8 // pixels.element_size()]
-    found = _windows(pixels, g)
-    out.view(g.groups, planes.shape[1], *g.output, *g.kernel, -1).copy_(found.permute(5, 0, 1, 2, 3, 4, 6))
+    found = _windows(pixels, g).permute(5, 0, 1, 2, 3, 4, 6)
+    rows.view(pixels.dtype)[..., : g.columns // 8 // pixels.element_size()].view(found.shape).copy_(found)
     return rows, popcounts.flatten(0, 2).T.contiguous()
 
 

@@ -38,13 +38,13 @@ def packed_conv2d(
             )
         )  # fmt: skip
     y = found[0] if len(found) == 1 else torch.cat(found, 1)
-    y = y.reshape(pixels.shape[1], -1, kernel.shape[1])
+    y = y.reshape(pixels.shape[1], geometry.output[0] * geometry.output[1], kernel.shape[1])
     if not fused:
         y = y - geometry.filler
         y = (y if outside is None else y + outside).to(wide(pixels.new_empty(0, dtype=dtype)))
         y = y if scale is None else y * scale
         y = (y if bias is None else y + bias).to(dtype)
-    return y.reshape(pixels.shape[1], *geometry.output, -1).permute(0, 3, 1, 2)
+    return y.unflatten(1, geometry.output).permute(0, 3, 1, 2)
 
 
 def padded(x: Tensor, geometry: Geometry) -> Tensor:

@@ -7,7 +7,7 @@ from .binary import BinaryLayer, BinaryOptions
 from .binary_conv2d import BinaryConv2d, PackedBinaryConv2d
 from .binary_linear import BinaryLinear, PackedBinaryLinear
 from .convert import binarize_model, convert, model_nbytes, pack_model, set_surrogate
-from .elastic_linear import Choice, ElasticLinear, ElasticStep
+from .elastic_linear import ElasticInputs, ElasticLinear
 from .learned_step import ElasticBinarize, LearnedStep
 from .mimicking import LowRankMimicking
 from .output_scale import OutputScale
@@ -23,10 +23,9 @@ __all__ = [
     "BinaryLinear",
     "BinaryOptions",
     "BitLinear",
-    "Choice",
     "ElasticBinarize",
+    "ElasticInputs",
     "ElasticLinear",
-    "ElasticStep",
     "LearnedStep",
     "LowRankMimicking",
     "MultiBasisLinear",

@@ -16,11 +16,12 @@ from .binary_linear import BinaryLinear
 
 Skip = Iterable[str] | Callable[[str, nn.Module], bool]
 #: A class with `from_float`, or a function of the layer that is replaced.
-Maker = Any
+Maker = Callable[..., nn.Module]
+_Test = Callable[[str, nn.Module], bool]
 
 
-def _skips(skip: Skip) -> Callable[[str, nn.Module], bool]:
-    if callable(skip):
+def _skips(skip: Skip) -> _Test:
+    if not isinstance(skip, Iterable):
         return skip
     patterns = [skip] if isinstance(skip, str) else list(skip)
     return lambda name, _: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -28,14 +29,13 @@ def _skips(skip: Skip) -> Callable[[str, nn.Module], bool]:
 
 def _replace(model: nn.Module, of: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
     """Every module for which `of` has another one replaced in place, once where it is shared."""
-    made: dict[int, nn.Module] = {}
-    replaced = [(name, module, of(name, module)) for name, module in model.named_modules()]
-    made = {id(module): new for _, module, new in replaced if new is not None}
+    found = [(module, of(name, module)) for name, module in model.named_modules()]
+    made = {id(module): new for module, new in found if new is not None}
     if id(model) in made:
         return made[id(model)]
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if id(child) in made:
+        for name, child in list(module._modules.items()):
+            if child is not None and id(child) in made:
                 setattr(module, name, made[id(child)])
     return model
 

@@ -20,6 +20,10 @@ class OutputScale(nn.Module):
     Binarization".
     """
 
+    alpha: Tensor
+    beta: Tensor | None
+    gamma: Tensor | None
+
     def __init__(
         self, channels: int, height: int | None = None, width: int | None = None, device: Any = None, dtype: Any = None
     ) -> None:
@@ -33,7 +37,7 @@ class OutputScale(nn.Module):
         shape = tuple(x.shape[-3:])
         if len(shape) != 3 or any(size not in (None, given) for size, given in zip(self.sizes, shape, strict=True)):
             raise ValueError(f"x must be [..., C, H, W] = {self.sizes}, got {list(x.shape)}")
-        scale = self.alpha[:, None, None]  # type: ignore[index]
+        scale = self.alpha[:, None, None]
         if self.beta is not None:
             scale = scale * self.beta[:, None]
         if self.gamma is not None:

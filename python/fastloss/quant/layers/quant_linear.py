@@ -81,11 +81,7 @@ class QuantLinear(nn.Linear):
         """Q_W(W), dense, with its gradients."""
         if self.weight_bits == 1:
             return elastic_binarize(self.weight, self.scale, dim=0)
-        # Ternary SEQ counts as Qp = 1 in the gradient's factor, not as 2/3.
-        factor: str | float = "lsq" if self.weight_bits != 1.58 else 1 / math.sqrt(max(1, self.in_features))
-        return fake_quant(
-            self.weight, at_least(self.scale), bits=self.weight_bits, mode=self.mode, dim=0, grad_factor=factor
-        )
+        return fake_quant(self.weight, at_least(self.scale), bits=self.weight_bits, mode=self.mode, dim=0)
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.inputs is None else self.inputs(input)
