@@ -93,17 +93,18 @@ void multiply_words(const BitProducts &products, Dots dots, int64_t across, BitC
 
 // ------------------------------------------------------------------------------------------------- which engine
 
-// Cycles of one thread, roughly: what a step costs on each engine, and what it takes to make panels.
+// Cycles of one thread, as measured on Emerald Rapids.
 double cost(const BitProducts &products, int engine) {
   const double m = double(products.a.rows), n = double(products.b.rows);
+  const double a_planes = products.a.count, b_planes = products.b.count;
   if (engine == kPopcountEngine || engine == kTableEngine) {
-    const double words = double(row_bytes(products.a.columns)) / 64, pairs = products.a.count * products.b.count;
-    return m * n * pairs * (words * (engine == kPopcountEngine ? 1.5 : 4) + 3);
+    const double lines = double(row_bytes(products.a.columns)) / 64; // and a sum over lanes for each product
+    return m * n * a_planes * b_planes * (lines * (engine == kPopcountEngine ? 1.5 : 4) + 3);
   }
-  const double steps = double((products.a.columns + 63) / 64), blocks = std::ceil(n / bits::kBlockColumns);
-  const double panels = steps * (m * blocks * (1 + products.a.count) + n * (1 + products.b.count));
-  const double tiles = std::ceil(m / 16) * std::ceil(n / 16) * (steps + 4);
-  return panels + (engine == kAmxEngine ? 16 * tiles : m * std::ceil(n / 16) * 8 * steps) + m * n / 8 + 2000;
+  const double steps = std::ceil(double(products.a.columns) / 64), blocks = std::ceil(n / bits::kBlockColumns);
+  const double panels = steps * (m * blocks * (4 + a_planes / 2) + n * (4 + b_planes / 2)) + m * n / 8;
+  if (engine == kVnniEngine) return 2000 + panels + m * std::ceil(n / 16) * 8 * steps;
+  return 10000 + panels + std::ceil(m / 16) * std::ceil(n / 16) * 22 * (steps + 3);
 }
 
 int best_engine(const BitProducts &products, int level) {

@@ -86,7 +86,7 @@ template <int ROWS> void run_some(const Problem &p, const float *x, int64_t row)
 // Whether the sums in its tables are finite, and it has run.
 bool run_few(const Problem &p) {
   const int64_t stride = p.chunks() * kChunk, rows = p.args.m;
-  if (rows > kFewRows) return false;
+  if (rows > kFewRows || rows * p.planes() > kFewSums) return false;
   std::vector<float> x(size_t((rows + 3) / 4 * 4 * stride), 0.f);
   for (int64_t r = 0; r < rows; ++r) float_row(p, r, x.data() + r * stride);
   if (!std::all_of(x.begin(), x.end(), [](float one) { return std::fabs(one) < kLargest; })) return false;
