@@ -20,6 +20,7 @@ from torch import Tensor
 import fastloss
 from common import CUDA, Group, head, logits
 from device_pairs import pair_case, pair_cases
+from device_quant import quant_case, quant_cases
 from device_timing import DEVICE, Case, copies, in_turn, kernels, on, peak, relative, rotating, sample
 from implementations import backend, build
 
@@ -35,6 +36,7 @@ def cases(tiny: bool) -> list[Case]:
         *(Case("rows", mode, "bfloat16", main) for mode in modes),
         *(Case("linear", mode, "bfloat16", head_main) for mode in ("C", "R")),
         *pair_cases(tiny),
+        *quant_cases(tiny),
         *(Case("linear", mode, "bfloat16", head_small) for mode in ("C", "R")),
         *(Case("rows", mode, "float32", main) for mode in modes),
         *(Case("rows", mode, "float16", main) for mode in modes),
@@ -142,7 +144,7 @@ def linear_case(case: Case) -> dict[str, Any]:
             "logits_bytes": n * v * x.element_size()}  # fmt: skip
 
 
-RUN = {"rows": rows_case, "linear": linear_case, "pairs": pair_case}
+RUN = {"rows": rows_case, "linear": linear_case, "pairs": pair_case, "quant": quant_case}
 
 
 def main() -> None:

@@ -15,12 +15,15 @@ from torch import Tensor
 import fastloss
 from fastloss.contract import PairNeeds, PairWant, Want
 from fastloss.pairs.pairing import Pairing
+from fastloss.quant import cuda_bgemm, selftest
+from fastloss.quant.contract import Pack
 from implementations import backend
 
 ops = torch.ops.fastloss
 ROWS = [(1, 1), (5, 77), (3, 4099), (2, 40001)]
 HEADS = [(1, 8, 1), (5, 24, 77), (130, 64, 300)]
 PAIRS = [(1, 1, 8), (5, 77, 24), (130, 70, 65)]
+BITS = [(1, 1, 1), (5, 77, 33), (67, 130, 600)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EVERYTHING = int(Want.ENTROPY | Want.SUM | Want.SUMSQ | Want.TEMPERED | Want.ARGMAX)
 
@@ -112,6 +115,36 @@ def pairs(m: int, n: int, d: int, dtype: torch.dtype, device: str, gemms: bool) 
     return calls + 2
 
 
+def bits(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> int:
+    """Every bit op that the backend has, and on a GPU each kernel of a product (those for bits up to sm_90)."""
+    x, w = (torch.randn(size, k, device=device).to(dtype) for size in (m, n))
+    calls = 0
+    for op in selftest.OPS if min(m, n, k) >= 5 else ():
+        given = selftest.arguments(op, x[:, :512].contiguous(), w[:, :512].contiguous())
+        if fastloss.registry.able(op, *given):
+            getattr(ops, op)(*given)
+            calls += 1
+    product = (*packed_by_reference(x), *packed_by_reference(w), k, [1, 2], -2, [1, 2], -2)
+    row, column = torch.rand(m, device=device), torch.rand(n, device=device)
+    if not fastloss.registry.able("bgemm", *product, row, column, column, 3, dtype):
+        return calls
+    newest = device == "cuda" and torch.cuda.get_device_capability()[0] >= 10
+    for plan in (-1,) if device == "cpu" else (4, 5) if newest else (0, 1, 4, 5):
+        cuda_bgemm.PLAN = plan
+        ops.bgemm(*product, None, None, None, 0, torch.int32)
+        ops.bgemm(*product, row, column, column, 3, dtype)
+        ops.bgemm_signs(*product, None, column, None, 0)
+        ops.hamming_topk(*product, column, min(n, 40))
+        calls += 4
+    cuda_bgemm.PLAN = -1
+    return calls
+
+
+def packed_by_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    with backend("reference"):
+        return ops.pack_bits(x, int(Pack.CODES), None, None, 0, -2, 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows-only", action="store_true", help="leave out what calls a library's GEMM")
@@ -126,6 +159,7 @@ def main() -> None:
             calls += sum(rows(*shape, dtype, options.device) for shape in ROWS)
             if not options.rows_only:
                 calls += sum(heads(*shape, dtype, options.device) for shape in HEADS)
+            calls += sum(bits(*shape, dtype, options.device) for shape in BITS)
             calls += sum(pairs(*shape, dtype, options.device, not options.rows_only) for shape in PAIRS)
     if options.device == "cuda":
         torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 
 #include "cpu/fake_quant.h"
 #include "cpu/quantize_groups.h"
+#include "cpu/saved_gradient.h"
 
 namespace py = pybind11;
 using namespace fastloss;
@@ -56,6 +57,21 @@ DequantizeGroups dequantize_groups_of(uintptr_t codes, uintptr_t lows, uintptr_t
       pointer<uint8_t>(codes), pointer<float>(lows), pointer<float>(steps), pointer<void>(x), n, group, bits, dtype};
 }
 
+SavedGradient saved_gradient_of(uintptr_t codes, uintptr_t lows, uintptr_t steps, uintptr_t grad, uintptr_t out,
+                                int64_t n, int64_t group, int64_t columns, int bits, int function, int dtype) {
+  return {pointer<uint8_t>(codes),
+          pointer<float>(lows),
+          pointer<float>(steps),
+          pointer<void>(grad),
+          pointer<void>(out),
+          n,
+          group,
+          columns,
+          bits,
+          function,
+          dtype};
+}
+
 } // namespace
 
 void bind_groups(py::module_ &m) {
@@ -75,5 +91,11 @@ void bind_groups(py::module_ &m) {
   m.def("quantize_groups_cpu", &quantize_groups_cpu, py::arg("args"), py::arg("isa"),
         py::call_guard<py::gil_scoped_release>());
   m.def("dequantize_groups_cpu", &dequantize_groups_cpu, py::arg("args"), py::arg("isa"),
+        py::call_guard<py::gil_scoped_release>());
+  py::class_<SavedGradient>(m, "SavedGradient")
+      .def(py::init(&saved_gradient_of), py::kw_only(), py::arg("codes"), py::arg("lows"), py::arg("steps"),
+           py::arg("grad"), py::arg("out"), py::arg("n"), py::arg("group"), py::arg("columns"), py::arg("bits"),
+           py::arg("function"), py::arg("dtype"));
+  m.def("saved_gradient_cpu", &saved_gradient_cpu, py::arg("args"), py::arg("isa"),
         py::call_guard<py::gil_scoped_release>());
 }

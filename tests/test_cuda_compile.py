@@ -21,9 +21,9 @@ NVCC = shutil.which("nvcc")
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fastloss-cuda-")
 #: Threads of the largest block: 65,536 registers are to do for it.
-THREADS = {"bgemm.cu": 128, "hamming_topk.cu": 256}
-#: BMMA or IMMA in a step of 512 bits of a warp's tile: (WM / 16) (WN / 8) 2, or four times that in each half.
-TILES = {"64, 64": 64, "32, 32": 16, "32, 64": 32}
+THREADS = {"bgemm.cu": 256, "hamming_topk.cu": 256}
+#: BMMA in a step of 512 bits of a warp's tile: (WM / 16) (WN / 8) 2; IMMA: 8 for each, in two rounds.
+TILES = {"64, 64": 16, "128, 128": 64, "256, 128": 64, "128, 64": 32}
 
 
 @functools.cache
@@ -60,19 +60,18 @@ def disassembler() -> tuple[str, str] | None:
 
 
 def kernels_of(source: str) -> dict[tuple[int, bool, str], list[tuple[int, str]]]:
-    """SASS of every kernel on tiles: (architecture, by int8, its warps' tile) -> (address, instruction)."""
+    """SASS of every kernel on tiles: (architecture, by int8, tile) -> (address, instruction)."""
     tools = disassembler()
     assert tools is not None
     command = [tools[0], "-sass", str(compiled(source)[0])]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {}
-    for part in re.split(r"(?=\n\s+arch = sm_)", text):
+    for part in re.split(r"(?=\barch = sm_)", text):
+        arch = re.match(r"arch = sm_(\d+)", part)
         for function in part.split("Function : ")[1:]:
-            if tile := re.search(r"BitTileILb(\d)ELi\d+ELi\d+ELi(\d+)ELi(\d+)E", function):
-                arch = re.search(r"arch = sm_(\d+)", part) or re.search(r"target\s+sm_(\d+)", part)
-                assert arch, part[:200]
+            if tile := re.search(r"BitTileILb(\d)ELi(\d+)ELi(\d+)E", function):
                 code = [(int(a, 16), i) for a, i in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);", function)]
-                found[int(arch[1]), tile[1] == "1", f"{tile[2]}, {tile[3]}"] = code
+                found[int(arch[1]) if arch else 0, tile[1] == "1", f"{tile[2]}, {tile[3]}"] = code
     return found
 
 
@@ -81,7 +80,7 @@ def kernels_of(source: str) -> dict[tuple[int, bool, str], list[tuple[int, str]]
 def test_products_of_bits_are_one_instruction(source: str) -> None:
     """sm_80, sm_90: one BMMA for each tile step, all in one loop. sm_100: none, nor what would emulate it."""
     kernels = kernels_of(source)
-    assert len(kernels) == 3 * (4 if source == "bgemm.cu" else 2)
+    assert len(kernels) == 3 * (6 if source == "bgemm.cu" else 2)
     for (arch, int8, tile), code in kernels.items():
         name = f"sm_{arch} {'int8' if int8 else 'bits'} {tile}"
         tensor = [(at, i) for at, i in code if re.search(r"\b(BMMA|IMMA|BGMMA|IGMMA)\b", i)]
@@ -91,13 +90,12 @@ def test_products_of_bits_are_one_instruction(source: str) -> None:
         wanted = r"IMMA\.16832\.S8\.S8" if int8 else r"BMMA\.168256\.AND\.POPC"
         assert all(re.search(wanted, i) for _, i in tensor), name
         assert len(tensor) == TILES[tile] * (4 if int8 else 1), name
-        # the loop around them: the innermost backward branch past the last of them
+        # the loop around them: the first branch behind the last of them that goes back before the first
         ends = [
             at
             for at, i in code
-            if (to := re.search(r"BRA\S* .*0x([0-9a-f]+)", i)) and int(to[1], 16) <= tensor[0][0] and at > tensor[-1][0]
+            if (to := re.search(r"BRA\S* .*0x([0-9a-f]+)", i)) and int(to[1], 16) <= tensor[0][0] < tensor[-1][0] < at
         ]
         assert ends, f"{name}: not in a loop"
         loop = [i for at, i in code if tensor[0][0] <= at <= min(ends)]
-        assert not any("CALL" in i for i in loop), name
-        assert len(loop) < (9 if int8 else 4) * len(tensor) + 64, f"{name}: {len(loop)} instructions"
+        assert len(loop) < 5 * len(tensor) + 64, f"{name}: {len(loop)} instructions"

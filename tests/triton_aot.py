@@ -34,7 +34,7 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 ITEM_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 ALL = 31  # every bit of `want`
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
+MATRIX_INSTRUCTION = re.compile(r"\b([HI]GMMA|UTC\w*MMA|[HI]MMA)\b")
 
 DATA = {"x", "w", "bias", "logits", "dlogits", "prob", "dz", "teacher"}
 ELEMENTS = {"input", "labels", "weight", "pos_weight", "upstream", "values", "dinput"}  # of pointwise_loss

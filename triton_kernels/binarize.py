@@ -1,8 +1,8 @@
 """binarize and its backward: signs times a scale, and the gradient of a surrogate; docs/design.md, "The bit contract".
 
-Forward: one read of x, one write of what is asked for. 8192 x 8192 in bf16 on an H200: signs and mask 151 MB, 0.035-0.05 ms; dense
-and mask 277 MB, 0.065-0.08 ms. Backward from a mask 277 MB, 0.065-0.08 ms; from x 403 MB, 0.09-0.12 ms (ReSTE's power is two
-instructions of the special unit, FDA's waves and BiPer's cosine some 30 instructions each: 0.1-0.2 ms).
+Forward: one read of x, one write of what is asked for. 8192 x 8192 in bf16 on an H200: signs and mask 151 MB, 0.035-0.05 ms;
+dense and mask 277 MB, 0.065-0.08 ms. Backward from a mask 277 MB, 0.065-0.08 ms; from x 403 MB, 0.09-0.12 ms (ReSTE's power is
+two instructions of the special unit, FDA's waves and BiPer's cosine some 30 instructions each: 0.1-0.2 ms).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .bit_tiles import (
     matrix,
     packed_bytes,
     parameter,
+    period,
     round_half_even,
     store_bytes,
     store_sum,
@@ -91,7 +92,7 @@ def binarize_gradient_kernel(
     groups, inner, stride_shift, stride_scale, p0, p1, waves, code_step, SURROGATE: tl.constexpr, FORM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """scale_sums and shift_sums: sums of rows or of columns, one for each program; where a parameter is of neither, terms [R, K]."""
+    """scale_sums and shift_sums: sums of rows or of columns, one a program; where a parameter is of neither, terms [R, K]."""
     DOWN: tl.constexpr = FORM == OF_COLUMNS
     scale_total = tl.zeros([ROWS, COLUMNS], tl.float32)
     shift_total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -176,8 +177,8 @@ def binarize(
             binarize_kernel[tiles.grid](
                 x, _numbers(shift), _numbers(scale), *(t if save & bit else None for t, bit in ((y, DENSE), (signs, SIGNS),
                 (ones, SIGNS), (mask, MASK), (codes, CODES))), rows, columns, row_bytes, tiles.steps, x.stride(0), groups,
-                max(inner, 1), stride(shift), stride(scale), float(p0), float(p1), _waves(p1), limit, SURROGATE=surrogate,
-                FORM=form(columns, groups, inner), ROWS=tiles.rows, COLUMNS=tiles.columns, **LAUNCH,
+                period(columns, groups, inner), stride(shift), stride(scale), float(p0), float(p1), _waves(p1), limit,
+                SURROGATE=surrogate, FORM=form(columns, groups, inner), ROWS=tiles.rows, COLUMNS=tiles.columns, **LAUNCH,
             )  # fmt: skip
     return y, signs, ones[0] if ones.shape[0] == 1 else ones.sum(0, dtype=torch.int32), mask, codes
 
@@ -203,9 +204,9 @@ def binarize_backward(
     with on_device(grad):
         binarize_gradient_kernel[tiles.grid](
             grad, x, signs, mask, codes, _numbers(shift), _numbers(scale), dx if needs & NEEDS_X else None, *sums, rows, columns,
-            row_bytes, tiles.steps, grad.stride(0), 0 if x is None else x.stride(0), groups, max(inner, 1), stride(shift),
-            stride(scale), float(p0), float(p1), _waves(p1), limit / 254, SURROGATE=surrogate, FORM=found, ROWS=tiles.rows,
-            COLUMNS=tiles.columns, **LAUNCH,
+            row_bytes, tiles.steps, grad.stride(0), 0 if x is None else x.stride(0), groups, period(columns, groups, inner),
+            stride(shift), stride(scale), float(p0), float(p1), _waves(p1), limit / 254, SURROGATE=surrogate, FORM=found,
+            ROWS=tiles.rows, COLUMNS=tiles.columns, **LAUNCH,
         )  # fmt: skip
     dscale, dshift = (torch.empty(0, **number) if t is None else add_up(t, groups, inner, found, columns) for t in sums)
     return dx, dscale, dshift

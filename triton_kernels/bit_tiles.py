@@ -137,6 +137,11 @@ def form(columns: int, groups: int, inner: int) -> int:
     return OF_COLUMNS.value if columns % (groups * inner) == 0 else OF_EACH.value
 
 
+def period(columns: int, groups: int, inner: int) -> int:
+    """`inner` as the kernels divide by it: a parameter of all elements has no period of its own."""
+    return max(columns if groups == 1 else inner, 1)
+
+
 def stride(parameter: Tensor | None) -> int:
     """0 for a parameter of one number."""
     return 0 if parameter is None or parameter.numel() == 1 else 1

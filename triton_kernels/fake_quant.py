@@ -1,7 +1,8 @@
 """fake_quant and its backward; docs/design.md, "The bit contract".
 
-Bytes moved: x read and y written; backward: grad and x read, dx written. 16384 x 8192 in bf16 on an H200: 537 MB, 0.12-0.16 ms, and
-805 MB, 0.18-0.24 ms; a true division and a rounding are some 20 instructions an element, about what the memory leaves time for.
+Bytes moved: x read and y written; backward: grad and x read, dx written. 16384 x 8192 in bf16 on an H200: 537 MB, 0.12-0.16 ms,
+and 805 MB, 0.18-0.24 ms; a true division and a rounding are some 20 instructions an element, about what the memory leaves
+time for.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from .bit_tiles import (
     add_up,
     form,
     parameter,
+    period,
     round_half_even,
     store_sum,
     stride,
     tile_start,
     walk,
 )
-from .common import on_device, wide
+from .common import on_device
 
 NEEDS_X, NEEDS_SCALE, NEEDS_OFFSET = 1, 2, 4  # bits of `needs`
 #: Groups of fewer elements lie side by side in a row of a tile.
@@ -32,8 +34,8 @@ NARROW = 16
 
 @triton.jit
 def level(x, scale, offset, zero_point, r, c, keep_r, keep_c, groups, inner, columns, stride_scale, stride_offset, stride_zero,
-          low, high, steps, shift, FORM: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
-    """(v, q, inside, scale, offset). PLAIN: steps 1 and shift 0. A NaN passes through."""
+          low, high, steps, shift, FORM: tl.constexpr, PLAIN: tl.constexpr, ROUNDED: tl.constexpr):  # fmt: skip
+    """(v, q, inside, scale, offset). PLAIN: steps 1 and shift 0. ROUNDED: the range is tested on rne(v). A NaN passes through."""
     size = parameter(scale, r, c, keep_r, keep_c, groups, inner, columns, stride_scale, FORM)
     middle, least, most = 0.0, low, high
     if offset is not None:
@@ -49,13 +51,14 @@ def level(x, scale, offset, zero_point, r, c, keep_r, keep_c, groups, inner, col
         q = round_half_even(q)
     else:
         q = tl.div_rn(round_half_even(q * steps - shift) + shift, tl.zeros_like(q) + steps)
-    return v, q, (v >= least) & (v <= most), size, middle
+    at = round_half_even(v) if ROUNDED else v
+    return v, q, (at >= least) & (at <= most), size, middle
 
 
 @triton.jit(do_not_specialize=["R", "rounds", "groups"])
 def fake_quant_kernel(
     x, scale, offset, zero_point, y, R, K, rounds, groups, inner, stride_scale, stride_offset, stride_zero, low, high, steps,
-    shift, FORM: tl.constexpr, PLAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    shift, FORM: tl.constexpr, PLAIN: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     for step in range(0, rounds):
         row, column = tile_start(step, rounds, ROWS, COLUMNS, False)
@@ -64,8 +67,8 @@ def fake_quant_kernel(
         inside = (r < R)[:, None] & (c < K)[None, :]
         number = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         _, q, _, size, middle = level(
-            number, scale, offset, zero_point, r, c, r < R, c < K, groups, inner, K, stride_scale, stride_offset, stride_zero, low,
-            high, steps, shift, FORM, PLAIN,
+            number, scale, offset, zero_point, r, c, r < R, c < K, groups, inner, K, stride_scale, stride_offset, stride_zero,
+            low, high, steps, shift, FORM, PLAIN, ROUNDED,
         )  # fmt: skip
         tl.store(y + at, (q * size + middle).to(y.dtype.element_ty), mask=inside)
 
@@ -73,7 +76,8 @@ def fake_quant_kernel(
 @triton.jit(do_not_specialize=["R", "rounds", "groups"])
 def fake_quant_gradient_kernel(
     grad, x, scale, offset, zero_point, dx, scale_sums, offset_sums, R, K, rounds, groups, inner, stride_scale, stride_offset,
-    stride_zero, low, high, steps, shift, FORM: tl.constexpr, PLAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    stride_zero, low, high, steps, shift, FORM: tl.constexpr, PLAIN: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """scale_sums and offset_sums: the sums of rows or of columns, one for each program."""
     DOWN: tl.constexpr = FORM == OF_COLUMNS
@@ -87,8 +91,8 @@ def fake_quant_gradient_kernel(
         g = tl.load(grad + at, mask=real, other=0.0).to(tl.float32)
         number = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
         v, q, inside, _, _ = level(
-            number, scale, offset, zero_point, r, c, r < R, c < K, groups, inner, K, stride_scale, stride_offset, stride_zero, low,
-            high, steps, shift, FORM, PLAIN,
+            number, scale, offset, zero_point, r, c, r < R, c < K, groups, inner, K, stride_scale, stride_offset, stride_zero,
+            low, high, steps, shift, FORM, PLAIN, ROUNDED,
         )  # fmt: skip
         if dx is not None:
             tl.store(dx + at, tl.where(inside, g, 0.0).to(dx.dtype.element_ty), mask=real)
@@ -115,22 +119,31 @@ class Launch:
     """What both kernels are given besides tensors of elements."""
 
     def __init__(self, x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int,
-                 low: float, high: float, steps: float, shift: float, sums: bool) -> None:  # fmt: skip
+                 low: float, high: float, steps: float, shift: float, rounded: bool, sums: bool) -> None:  # fmt: skip
         given = (scale, offset, zero_point)
         self.rows, self.columns = view((x.shape[0], x.shape[1]), groups, inner)
         self.form = form(self.columns, groups, inner)
         self.walk = walk(self.rows, self.columns, sums and self.form == OF_COLUMNS.value)
         self.parameters = [None if t is None else t.float().contiguous() for t in given]
-        self.sizes = (self.rows, self.columns, self.walk.steps, groups, max(inner, 1), *map(stride, given))
+        self.sizes = (
+            self.rows,
+            self.columns,
+            self.walk.steps,
+            groups,
+            period(self.columns, groups, inner),
+            *map(stride, given),
+        )
         self.numbers = (float(low), float(high), float(steps), float(shift))
         plain = steps == 1 and shift == 0
-        self.options = dict(FORM=self.form, PLAIN=plain, ROWS=self.walk.rows, COLUMNS=self.walk.columns, **LAUNCH)
+        self.options = dict(
+            FORM=self.form, PLAIN=plain, ROUNDED=rounded, ROWS=self.walk.rows, COLUMNS=self.walk.columns, **LAUNCH
+        )
 
 
 def fake_quant(
     x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int, *levels: float
 ) -> Tensor:
-    """y [R, K]; `levels`: low, high, steps, shift."""
+    """y [R, K]; `levels`: low, high, steps, shift, rounded."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         launch = Launch(x, scale, offset, zero_point, groups, inner, *levels, sums=False)
@@ -143,7 +156,7 @@ def fake_quant(
 
 def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int,
-    low: float, high: float, steps: float, shift: float, needs: int,
+    low: float, high: float, steps: float, shift: float, rounded: bool, needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx [R, K] in the dtype of grad, dscale and doffset float32 [groups]; what is not in `needs` has 0 elements."""
     number = dict(dtype=torch.float32, device=x.device)
@@ -151,7 +164,7 @@ def fake_quant_backward(
     wanted = [bool(needs & bit) for bit in (NEEDS_SCALE, NEEDS_OFFSET)]
     if not x.numel():
         return dx, *(torch.zeros(groups if want else 0, **number) for want in wanted)
-    launch = Launch(x, scale, offset, zero_point, groups, inner, low, high, steps, shift, sums=True)
+    launch = Launch(x, scale, offset, zero_point, groups, inner, low, high, steps, shift, rounded, sums=True)
     size = (launch.walk.splits, launch.columns if launch.form == OF_COLUMNS.value else launch.rows)
     sums = [torch.empty(size, **number) if want else None for want in wanted]
     with on_device(x):

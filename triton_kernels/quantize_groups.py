@@ -1,8 +1,9 @@
 """quantize_groups and dequantize_groups, the codec of saved activations; docs/design.md, "Groups of saved activations".
 
 A group that fits a tile is read once: range and codes from the same registers. A longer one is read twice (its range first).
-16384 x 8192 in bf16, 8 bits, on an H200: 403 MB, 0.09-0.13 ms to codes, 0.09-0.11 ms back; 4 bits 336 MB, 0.08-0.12 and 0.07-0.09 ms;
-stochastic rounding adds a quarter of a Philox block (25 instructions) an element: 0.15-0.25 ms. Groups of more than a tile: 0.2 ms.
+16384 x 8192 in bf16 on an H200: 8 bits 403 MB, 0.09-0.13 ms to codes and 0.09-0.11 ms back; 4 bits 336 MB, 0.08-0.12 and
+0.07-0.09 ms; stochastic rounding adds a quarter of a Philox block (25 instructions) an element: 0.15-0.25 ms; groups of more
+than a tile 0.2 ms.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bit_tiles import LAUNCH, round_half_even, tile_start, walk
+from .bit_tiles import ELEMENTS, LAUNCH, round_half_even, tile_start, walk
 from .common import INF, NAN, on_device, wide
 
 #: The longest group whose numbers stay in registers.
@@ -102,7 +103,9 @@ def quantize_groups_kernel(
             out = codes + r[:, None] * (group // 2) + half[None, :]
             tl.store(out, code.to(tl.uint8), mask=keep[:, None] & (half < group // 2)[None, :])
         else:
-            tl.store(codes + r[:, None] * group + c[None, :], code.to(tl.uint8), mask=keep[:, None] & (c < group)[None, :])
+            tl.store(
+                codes + r[:, None] * group + c[None, :], code.to(tl.uint8), mask=keep[:, None] & (c < group)[None, :]
+            )
         if tl.program_id(1) == 0:
             if step == 0:
                 tl.store(lows + r, least, mask=keep)
@@ -145,6 +148,8 @@ def quantize_groups(
     lows, sizes = torch.empty(count, **number), torch.empty(count, **number)
     if not count:
         return codes, lows, sizes
+    aligned = group % 4 == 0
+    elements = ELEMENTS if aligned or seed is None else ELEMENTS // 4  # else a block of Philox for each
     with on_device(x):
         if low is None or high is None:
             low = high = None
@@ -159,14 +164,14 @@ def quantize_groups(
             low, high = low.float().contiguous(), high.float().contiguous()
         if low is None:
             columns = max(8, triton.next_power_of_2(group))
-            rows = max(1, min(triton.next_power_of_2(count), 2048 // columns))
+            rows = max(1, min(triton.next_power_of_2(count), elements // columns))
             grid, steps = (triton.cdiv(count, rows), 1), 1
         else:
-            tiles = walk(count, group)
+            tiles = walk(count, group, elements=elements)
             rows, columns, grid, steps = tiles.rows, tiles.columns, tiles.grid, tiles.steps
         quantize_groups_kernel[grid](
             x, low, high, seed, codes, lows, sizes, n, count, group, 1 if low is None else low.numel(), steps, BITS=bits,
-            ALIGNED=group % 4 == 0, ROWS=rows, COLUMNS=columns, **LAUNCH,
+            ALIGNED=aligned, ROWS=rows, COLUMNS=columns, **LAUNCH,
         )  # fmt: skip
     return codes, lows, sizes
 

@@ -41,7 +41,13 @@ def unpack_bits_kernel(
 
 
 def unpack_bits(
-    planes: Tensor, columns: int, weights: Sequence[int], offset: int, scale: Tensor | None, group: int, dtype: torch.dtype
+    planes: Tensor,
+    columns: int,
+    weights: Sequence[int],
+    offset: int,
+    scale: Tensor | None,
+    group: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """value * scale [R, K]."""
     planes = planes.contiguous()

@@ -52,6 +52,7 @@ void binarize_cpu(const Binarize &args, int isa) {
   const Blocks blocks = blocks_of(args.rows, args.columns, args.signs || args.mask);
   const bool stream = streamed(args.y, args.rows * args.columns * bytes_of(args.dtype));
   const float limit = float(surrogate_limit(args.surrogate, args.p0, args.p1));
+  const SlopeOf of = {args.p0, args.p1, ReStePower(args.surrogate == kReste ? args.p0 : 1)};
   blocks.run([&](int64_t task) {
     Laid shift(0.f), scale(1.f);
     Reader x = {loops, args.dtype, std::nanf(""), {}}; // NaN: no bit beyond the end
@@ -63,7 +64,12 @@ void binarize_cpu(const Binarize &args, int isa) {
         loops.subtract(u, beside(shift, args.shift, args.groups, args.inner, b), b.count, moved);
         u = moved;
       }
-      if (args.mask) loops.mask(u, b.count, limit, args.mask + b.bits);
+      if (args.mask && args.surrogate == kClip) {
+        loops.mask(u, b.count, limit, args.mask + b.bits);
+      } else if (args.mask) {
+        loops.slope[args.surrogate](u, b.count, of, wave);
+        loops.mask_of_slope(wave, b.count, args.mask + b.bits);
+      }
       if (args.codes) loops.codes(u, b.count, limit, args.codes + b.flat);
       if (!args.signs && !args.y) return;
       if (args.surrogate == kBiper) {
@@ -141,8 +147,12 @@ private:
         if (args_.mask) loops_.slope_of_mask(args_.mask + b.bits, b.count, factor);
         else if (args_.codes) loops_.slope_of_codes(args_.codes + b.flat, b.count, table_, factor);
         else loops_.slope[args_.surrogate](u, b.count, of_, factor);
-        loops_.gradient(g, beside(scale, args_.scale, args_.groups, args_.inner, b), factor, b.count, terms);
-        if (args_.dx) loops_.narrow[args_.dtype](terms, b.count, stream_, element(args_.dx, args_.dtype, b.flat));
+        const float *of_y = beside(scale, args_.scale, args_.groups, args_.inner, b);
+        auto give = [&](int dtype, bool stream, void *to) {
+          loops_.gradient[dtype](g, of_y, factor, b.count, stream, to);
+        };
+        if (args_.dx) give(args_.dtype, stream_, element(args_.dx, args_.dtype, b.flat));
+        if (of_shift) give(kFloat32, false, terms); // before it is rounded
         if (of_shift) of_shift->add(terms, b.flat, b.count, loops_.sum, loops_.add_terms);
       }
       if (!of_scale) return;

@@ -19,7 +19,7 @@ struct Binarize {
   void *y;            // [rows][columns] dtype
   uint8_t *signs;     // [rows][row_bytes(columns)]
   int32_t *popcounts; // [rows], zeros; with signs
-  uint8_t *mask;      // as signs; kClip only
+  uint8_t *mask;      // as signs: where the slope is not 0
   uint8_t *codes;     // [rows][columns]; not kIdentity, not kBiper
 };
 

@@ -21,13 +21,14 @@ struct BinarizeLoops {
   void (*subtract)(const float *x, const float *shift, int64_t, float *u);
   void (*wave_signs)(const float *u, int64_t, float w, float *wave);
   int (*signs)(const float *u, int64_t, uint8_t *bits);
-  void (*mask)(const float *u, int64_t, float limit, uint8_t *bits);
+  void (*mask)(const float *u, int64_t, float limit, uint8_t *bits); // of clip
+  void (*mask_of_slope)(float *factor, int64_t, uint8_t *bits);
   void (*codes)(const float *u, int64_t, float limit, uint8_t *codes);
   void (*signed_by)(const uint8_t *bits, const float *x, int64_t, float *y);
   void (*slope[7])(const float *u, int64_t, const SlopeOf &, float *factor); // by Surrogate
   void (*slope_of_mask)(const uint8_t *bits, int64_t, float *factor);
   void (*slope_of_codes)(const uint8_t *codes, int64_t, const float *table, float *factor);
-  void (*gradient)(const float *grad, const float *scale, const float *factor, int64_t, float *dx);
+  void (*gradient[3])(const float *grad, const float *scale, const float *factor, int64_t, bool, void *dx); // by DType
   double (*sum)(const float *terms, int64_t);
   void (*add_terms)(double *sums, const float *terms, int64_t);
   int64_t width;

@@ -28,8 +28,7 @@ inline int64_t steps_of(int64_t columns) { return (columns + kStepColumns - 1) /
 // How to make bytes of the bits of P planes.
 template <int P> struct Decoder {
   __m512i offset, weights[P];
-  FASTLOSS_PANEL_INLINE explicit Decoder(const Planes &planes, int lift) {
-    offset = _mm512_set1_epi8(char(planes.offset + lift));
+  FASTLOSS_PANEL_INLINE Decoder(const Planes &planes, int lift) : offset(_mm512_set1_epi8(char(planes.offset + lift))) {
     for (int p = 0; p < P; ++p) weights[p] = _mm512_set1_epi8(char(planes.weights[p]));
   }
   // The bytes whose bit is the one that `select` has.
@@ -58,13 +57,14 @@ template <int P>
 FASTLOSS_PANEL void left_panel(const Planes &planes, int64_t row, int64_t count, int64_t begin, int64_t end, int lift,
                                uint8_t *to) {
   const Decoder<P> decode(planes, lift);
-  const __m512i select = quads_in_order();
+  const __m512i select = quads_in_order(), nothing = _mm512_set1_epi8(char(lift));
   const int64_t bytes = row_bytes(planes.columns), plane = planes.rows * bytes, full = planes.columns / kStepColumns;
-  constexpr int64_t kGroup = kRowBytes / 8; // steps of a line of bits: a row is written by lines of all these steps
+  constexpr int64_t kGroup = kRowBytes / 8; // steps of a line of bits; all rows before the next ones
   for (int64_t first = begin; first < end; first += kGroup)
     for (int64_t r = 0; r < count; ++r) {
       const uint8_t *from = planes.bits + (row + r) * bytes;
-      for (int64_t step = first; step < std::min(first + kGroup, end); ++step) {
+      uint8_t *at = to + (first - begin) * kStepBytes + r * kStepColumns;
+      for (int64_t step = first; step < std::min(first + kGroup, end); ++step, at += kStepBytes) {
         __m512i words[P];
         for (int p = 0; p < P; ++p) {
           uint64_t word;
@@ -74,10 +74,9 @@ FASTLOSS_PANEL void left_panel(const Planes &planes, int64_t row, int64_t count,
         __m512i value = decode(words, select);
         if (step >= full) {
           const uint64_t exist = (uint64_t(1) << (planes.columns - full * kStepColumns)) - 1;
-          value =
-              _mm512_mask_mov_epi8(_mm512_set1_epi8(char(lift)), _mm512_test_epi8_mask(halves(exist), select), value);
+          value = _mm512_mask_mov_epi8(nothing, _mm512_test_epi8_mask(halves(exist), select), value);
         }
-        _mm512_store_si512(to + (step - begin) * kStepBytes + r * kStepColumns, value);
+        _mm512_store_si512(at, value);
       }
     }
 }

@@ -86,7 +86,7 @@ template <int ROWS> void run_some(const Problem &p, const float *x, int64_t row)
 // Whether the sums in its tables are finite, and it has run.
 bool run_few(const Problem &p) {
   const int64_t stride = p.chunks() * kChunk, rows = p.args.m;
-  if (rows > kFewRows) return false;
+  if (rows > kFewRows || rows * p.planes() > kFewSums) return false;
   std::vector<float> x(size_t((rows + 3) / 4 * 4 * stride), 0.f);
   for (int64_t r = 0; r < rows; ++r) float_row(p, r, x.data() + r * stride);
   if (!std::all_of(x.begin(), x.end(), [](float one) { return std::fabs(one) < kLargest; })) return false;
@@ -108,6 +108,7 @@ void run_avx512(const Problem &p, int level) {
   else if (level >= kAmxBf16 && (p.integer() || sixteen)) run_packed<TileUnit<false>>(p, 1);
   else if (level >= kAmxBf16)
     run_packed<TileUnit<false>>(p, p.args.y_dtype == kFloat32 && (p.factor || p.args.x_dtype == kFloat32) ? 3 : 2);
+  else if (level >= kAvx512Bf16 && p.integer() && __builtin_cpu_supports("avx512vnni")) run_packed<VnniTiles>(p, 1);
   else if (level >= kAvx512Bf16 && (p.integer() || sixteen)) run_packed<VectorTiles<linear::Bf16Tiles>>(p, 1);
   else run_packed<VectorTiles<linear::Fp32Tiles>>(p, 1);
 }

@@ -11,6 +11,7 @@
 namespace fastloss::lowbit {
 
 constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewSums = 16; // rows x planes; with more, unpacking costs less than looking up
 constexpr float kLargest = 0x1p120f; // beyond it, sums of four with either sign may not be finite
 constexpr int64_t kLanes = 16;
 constexpr int64_t kQuads = kChunk / 4, kPiece = 64; // a group has a whole number of pieces

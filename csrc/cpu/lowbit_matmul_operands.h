@@ -143,7 +143,8 @@ FASTLOSS_AVX512 void pack_rows(const Problem &p, const T *x, int64_t row, int64_
       } else if constexpr (Tiles::kPerUnit == 4) {
         alignas(64) int8_t line[64];
         const int64_t count = p.length - column;
-        _mm512_store_si512(line, _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : (1ull << count) - 1, from + column));
+        __m512i bytes = _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : (1ull << count) - 1, from + column);
+        _mm512_store_si512(line, _mm512_add_epi8(bytes, _mm512_set1_epi8(char(Tiles::kAdded))));
         store_bytes(line, units);
       } else if constexpr (Tiles::kPerUnit == 2) {
         __m512 low = load_columns(p, from, column), high = load_columns(p, from, column + 16);

@@ -24,6 +24,7 @@ public:
 };
 
 template <class Tiles> class PackedRun {
+  static constexpr int64_t kColumns = kStepUnits * Tiles::kPerUnit; // of a step
   static constexpr int64_t kPanels = 8; // of 32 outputs: the sums of a block of rows stay in the second-level cache
   const Problem &p;
   const int parts;
@@ -65,44 +66,65 @@ private:
     return left.data + strip * panel + chunk * parts * kOperand<Tiles>;
   }
 
+  // Panels [begin, end) of outputs past the rows of the current block. `scratch` begins with room for one product.
   FASTLOSS_AVX512 void block(int64_t begin, int64_t end, float *scratch, uint32_t *right) {
     float *const sums = scratch + kProduct;
-    int32_t *const integers = reinterpret_cast<int32_t *>(sums + (end - begin) * strips * kProduct);
+    const int64_t wide = strips * kProduct, integers = (end - begin) * wide; // where the sums of integers begin
     const __m512i table = table_of<Tiles>(p);
-    constexpr int64_t kColumns = kStepUnits * Tiles::kPerUnit;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const std::vector<Segment> parts_of_chunk = segments(p, chunk);
+      const std::vector<Segment> found = segments(p, chunk);
       for (int64_t j = begin; j < end; ++j) {
-        const int64_t output = p.begin + j * kTile;
-        unpack_right<Tiles>(p, output, chunk, table, right);
-        for (const Segment &s : parts_of_chunk) {
-          alignas(64) float scale[kTile];
-          for (int64_t lane = 0; p.grouped() && lane < kTile; ++lane)
-            scale[lane] = output + lane < p.n ? p.group_scale(output + lane, s.group) : 0.f;
-          const int64_t step = s.begin / kColumns, steps = (s.end - s.begin + kColumns - 1) / kColumns;
-          for (int64_t strip = 0; strip < strips; ++strip) {
-            const uint32_t *a = operand(strip, chunk) + step * kBlock, *b = right + step * kBlock;
-            float *sum = sums + ((j - begin) * strips + strip) * kProduct;
-            const bool start = chunk == 0 && s.begin == 0; // of all sums
-            if (!p.integer() && !p.grouped()) {
-              Tiles::multiply(a, parts, b, steps, sum, !start);
-              continue;
-            }
-            Tiles::multiply(a, parts, b, steps, scratch, false);
-            if (!p.integer()) {
-              add_scaled(scratch, scale, sum, start);
-            } else {
-              int32_t *whole = integers + ((j - begin) * strips + strip) * kProduct;
-              add_integers(scratch, whole, s.first);
-              if (s.last) add_group(whole, p.grouped() ? scale : nullptr, first + strip * kTile, sum, s.group == 0);
-            }
-          }
+        unpack_right<Tiles>(p, p.begin + j * kTile, chunk, table, right);
+        for (const Segment &s : found) {
+          float *panel_sums = sums + (j - begin) * wide;
+          if (p.integer())
+            add_integers(s, chunk, p.begin + j * kTile, right, scratch, panel_sums, panel_sums + integers);
+          else add_floats(s, chunk, p.begin + j * kTile, right, scratch, panel_sums);
         }
       }
     }
     for (int64_t j = begin; j < end; ++j)
       for (int64_t strip = 0; strip < strips; ++strip)
-        finish(sums + ((j - begin) * strips + strip) * kProduct, first + strip * kTile, p.begin + j * kTile);
+        finish(sums + (j - begin) * wide + strip * kProduct, first + strip * kTile, p.begin + j * kTile);
+  }
+
+  void group_scales(const Segment &s, int64_t output, float *scale) const {
+    for (int64_t lane = 0; lane < kTile; ++lane)
+      scale[lane] = output + lane < p.n ? p.group_scale(output + lane, s.group) : 0.f;
+  }
+
+  // sums [strip][32][32] += a segment of 32 outputs. A long sum in fp32 is a sum of those of chunks, which loses fewer
+  // digits; rounded to 16 bits, that does not show.
+  FASTLOSS_AVX512 void add_floats(const Segment &s, int64_t chunk, int64_t output, const uint32_t *right,
+                                  float *product, float *sums) {
+    alignas(64) float scale[kTile];
+    if (p.grouped()) group_scales(s, output, scale);
+    else std::fill_n(scale, kTile, 1.f);
+    const bool apart = p.grouped() || (p.args.y_dtype == kFloat32 && chunks > 1), start = chunk == 0 && s.begin == 0;
+    const int64_t at = s.begin / kColumns * kBlock, steps = (s.end - s.begin + kColumns - 1) / kColumns;
+    for (int64_t strip = 0; strip < strips; ++strip, sums += kProduct) {
+      const uint32_t *left = operand(strip, chunk) + at;
+      Tiles::multiply(left, parts, right + at, steps, apart ? product : sums, !apart && !start);
+      if (apart) add_scaled(product, scale, sums, start);
+    }
+  }
+
+  // The same for an int8 x: a whole group in int32, then its scales.
+  FASTLOSS_AVX512 void add_integers(const Segment &s, int64_t chunk, int64_t output, const uint32_t *right,
+                                    float *product, float *sums, float *integers) {
+    alignas(64) float scale[kTile];
+    if (s.last) group_scales(s, output, scale);
+    const int64_t at = s.begin / kColumns * kBlock, steps = (s.end - s.begin + kColumns - 1) / kColumns;
+    __m512i added[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    if constexpr (Tiles::kAdded != 0) {
+      Tiles::add_numbers(right + at, steps, added);
+      for (__m512i &one : added) one = _mm512_mullo_epi32(one, _mm512_set1_epi32(Tiles::kAdded));
+    }
+    for (int64_t strip = 0; strip < strips; ++strip, sums += kProduct, integers += kProduct) {
+      Tiles::multiply(operand(strip, chunk) + at, parts, right + at, steps, product, false);
+      add_exact(product, added, integers, s.first);
+      if (s.last) add_group(integers, p.grouped() ? scale : nullptr, first + strip * kTile, sums, s.group == 0);
+    }
   }
 
   static FASTLOSS_AVX512 void add_scaled(const float *product, const float *scale, float *sum, bool start) {
@@ -113,19 +135,20 @@ private:
     }
   }
 
-  // A product of 512 columns is an integer below 2^24, also as a float.
-  static FASTLOSS_AVX512 void add_integers(const float *product, int32_t *sum, bool start) {
+  // Of 512 columns, an integer below 2^24: exact also as a float.
+  static FASTLOSS_AVX512 void add_exact(const float *product, const __m512i (&added)[2], float *integers, bool start) {
     for (int64_t i = 0; i < kProduct; i += 16) {
       __m512i value =
           Tiles::kIntegers ? _mm512_loadu_si512(product + i) : _mm512_cvtps_epi32(_mm512_loadu_ps(product + i));
-      _mm512_storeu_si512(sum + i, start ? value : _mm512_add_epi32(value, _mm512_loadu_si512(sum + i)));
+      value = _mm512_sub_epi32(value, added[i / 16 % 2]);
+      _mm512_storeu_si512(integers + i, start ? value : _mm512_add_epi32(value, _mm512_loadu_si512(integers + i)));
     }
   }
 
-  FASTLOSS_AVX512 void add_group(const int32_t *whole, const float *scale, int64_t row, float *sum, bool start) {
+  FASTLOSS_AVX512 void add_group(const float *integers, const float *scale, int64_t row, float *sum, bool start) {
     for (int64_t i = 0; i < kProduct; i += 16) {
       const int64_t at = row + i / kTile;
-      __m512 value = _mm512_cvtepi32_ps(_mm512_loadu_si512(whole + i));
+      __m512 value = _mm512_cvtepi32_ps(_mm512_loadu_si512(integers + i));
       value = _mm512_mul_ps(value, _mm512_set1_ps(at < p.args.m ? p.row_scale(at) : 0.f));
       if (scale) value = _mm512_mul_ps(value, _mm512_loadu_ps(scale + i % kTile));
       _mm512_storeu_ps(sum + i, start ? value : _mm512_add_ps(value, _mm512_loadu_ps(sum + i)));

@@ -1,5 +1,16 @@
-// bgemm and bgemm_signs (docs/design.md, "The bit contract"): one tile of bit_tiles.cuh a block, and the epilogue on
-// its registers.
+// bgemm and bgemm_signs (docs/design.md, "The bit contract"): one tile of bit_tiles.cuh a block, then the epilogue on
+// its rows.
+//
+// What an H200 should take, from the SASS for sm_90 and from bytes (132 multiprocessors, 1.98 GHz, 17.7k bit products a
+// clock each, which is 9.25 POPS; L2 about 5.5 TB/s, so 21 bytes a clock each). A step of 512 bits of a 256 x 128 tile
+// is 8 warps x 64 BMMA: 948 clocks of the tensor cores. A warp issues 191 instructions, two warps share a scheduler:
+// 382 clocks. ldmatrix reads 64 KiB and cp.async writes 24 KiB of shared memory at 128 bytes a clock: 704 clocks. L2
+// gives 24 KiB in 1170 clocks: that is the bound, at 0.81 of the peak; of 128 x 128 tiles it were 0.61.
+// The epilogue is about 3k clocks a tile, and of a 256 x 128 tile nothing else runs beside it.
+//   8192^3, int32          2048 tiles, 16 waves x (16 steps x 1170 + 3k) = 350k clocks     0.18 ms, 6.3 POPS
+//   4096^3, int32          512 tiles, 4 waves x (8 steps x 1170 + 3k) = 50k clocks         0.025 ms, 5.5 POPS
+//   8192^2 x 1024, int32   writes 268 MB at 4.8 TB/s; 16 waves x 5.3k are 0.043 ms         0.056 ms
+//   1 x 8192 by 8192       128 blocks of 64 x 64 read 8.4 MB                               0.004 ms
 #include "bit_tiles.cuh"
 
 #include "row_stats.cuh"
@@ -29,15 +40,16 @@ __device__ inline float activate(float y, int activation) {
 // 4 neighbouring numbers of a row of n, of which `left` are inside.
 template <class T, class V> __device__ void put_four(void *out, int64_t at, int64_t n, int64_t left, const V (&y)[4]) {
   T *const to = static_cast<T *>(out) + at;
-  alignas(4 * sizeof(T)) T value[4];
+  T value[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     if constexpr (std::is_same_v<T, V>) value[c] = y[c];
     else store(value[c], y[c]);
   }
   if (left >= 4 && n % 4 == 0) {
-    using Four = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
-    *reinterpret_cast<Four *>(to) = *reinterpret_cast<const Four *>(value);
+    std::conditional_t<sizeof(T) == 4, uint4, uint2> four;
+    memcpy(&four, value, sizeof four);
+    *reinterpret_cast<decltype(four) *>(to) = four;
   } else {
 #pragma unroll
     for (int c = 0; c < 4; ++c)
@@ -46,7 +58,7 @@ template <class T, class V> __device__ void put_four(void *out, int64_t at, int6
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     bgemm_kernel(const __grid_constant__ BitOperands p, const __grid_constant__ Epilogue e, const int tiles_m,
                  const int tiles_n) {
   constexpr int BM = Tile::BM, BN = Tile::BN;
@@ -145,24 +157,31 @@ template <class Tile> void launch_tiles(const CudaBgemm &p, void *stream) {
 
 } // namespace
 
+template <bool INT8> static void launch_plan(const CudaBgemm &p, int tile, void *stream) {
+  if (tile == 2) launch_tiles<BitTile<INT8, 256, 128, 64, 64, 6>>(p, stream);
+  else if (tile == 1) launch_tiles<BitTile<INT8, 128, 128, 64, 64, 4>>(p, stream);
+  else launch_tiles<BitTile<INT8, 64, 64, 32, 32, 4>>(p, stream);
+}
+
+// The largest tiles that there are enough of, one for each multiprocessor, and that shared memory has room for.
 BgemmPlan bgemm_plan(int64_t m, int64_t n, const DeviceLimits &device) {
-  const bool fills =
-      m > 64 && n > 64 && (m + 127) / 128 >= (device.multiprocessors + (n + 127) / 128 - 1) / ((n + 127) / 128);
-  return {device.capability >= 100, fills};
+  const auto tiles = [&](int64_t bm, int64_t bn) { return ((m + bm - 1) / bm) * ((n + bn - 1) / bn); };
+  const bool int8 = device.capability >= 100;
+  if (m > 128 && n > 64 && tiles(256, 128) >= device.multiprocessors && device.shared_per_block >= (160 << 10))
+    return {int8, 2};
+  return {int8, m > 64 && n > 64 && tiles(128, 128) >= device.multiprocessors};
 }
 
 void bgemm_launch(const CudaBgemm &p, BgemmPlan plan, void *stream) {
   if (p.a.rows == 0 || p.b.rows == 0) return;
-  if (plan.int8 && plan.large) launch_tiles<BitTile<true, 128, 128, 64, 64, 4>>(p, stream);
-  else if (plan.int8) launch_tiles<BitTile<true, 64, 64, 32, 32, 4>>(p, stream);
-  else if (plan.large) launch_tiles<BitTile<false, 128, 128, 64, 64, 4>>(p, stream);
-  else launch_tiles<BitTile<false, 64, 64, 32, 32, 4>>(p, stream);
+  if (plan.int8) launch_plan<true>(p, plan.tile, stream);
+  else launch_plan<false>(p, plan.tile, stream);
 }
 
 void bgemm_cuda(const CudaBgemm &p, int plan, int device, void *stream) {
   const DeviceGuard guard(device);
   const BgemmPlan automatic = bgemm_plan(p.a.rows, p.b.rows, device_limits(device));
-  bgemm_launch(p, plan == kAutomatic ? automatic : BgemmPlan{(plan & 2) != 0, (plan & 1) != 0}, stream);
+  bgemm_launch(p, plan == kAutomatic ? automatic : BgemmPlan{(plan & 4) != 0, plan & 3}, stream);
 }
 
 } // namespace fastloss

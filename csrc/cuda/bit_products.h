@@ -29,11 +29,13 @@ struct CudaHammingTopk {
   int64_t *index;     // [M, count]
 };
 
-// Which kernel runs: bits on the tensor cores for bits, or as bytes on those for int8; and the size of its tiles.
+// Which kernel runs: bits on the tensor cores for bits, or as bytes on those for int8; and its tiles, 64 x 64, 128 x
+// 128 or 256 x 128.
 struct BgemmPlan {
-  bool int8, large;
+  bool int8;
+  int tile; // 0, 1, 2
 };
-constexpr int kAutomatic = -1; // `plan`: as the device wants it; else 2 int8 + large
+constexpr int kAutomatic = -1; // `plan`: as the device wants it; else 4 int8 + tile
 
 BgemmPlan bgemm_plan(int64_t m, int64_t n, const DeviceLimits &);
 void bgemm_launch(const CudaBgemm &, BgemmPlan, void *stream);

@@ -88,7 +88,8 @@ template <bool INT8_, int BM_, int BN_, int WM_, int WN_, int STAGES_> struct Bi
   static constexpr bool INT8 = INT8_;
   static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, STAGES = STAGES_;
   static constexpr int kThreads = BM / WM * (BN / WN) * 32;
-  static constexpr int kRows = kThreads / 4; // a thread copies 16 bytes of every kRows-th row
+  static constexpr int kBlocks = kThreads > 128 ? 1 : 2; // on a multiprocessor: a thread has up to 255 registers
+  static constexpr int kRows = kThreads / 4;             // a thread copies 16 bytes of every kRows-th row
   static constexpr int MT = WM / 16, NT = WN / 8;
   static constexpr int kStage = (BM + BN) * kStepBytes;
   static constexpr int kShared = STAGES * kStage;

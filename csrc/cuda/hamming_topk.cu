@@ -51,7 +51,7 @@ __device__ inline void insert(int64_t *list, int count, int64_t key) {
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     topk_kernel(const __grid_constant__ BitOperands p, const __grid_constant__ Search s) {
   static_assert(Tile::WN == Tile::BN && Tile::BN == 64 && Tile::WM == 32, "a warp has whole rows, a lane one of them");
   const int split = int(blockIdx.x) % s.splits;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMergeWarps * 32)
   };
   for (int split = warp + kMergeWarps; split < splits; split += kMergeWarps)
     merge(lists + warp * count, lists + split * count);
-  __syncthreads();
+  __syncthreads(); // all lists but the first few are in these
   if (warp > 0) return;
   for (int split = 1; split < min(splits, kMergeWarps); ++split) merge(lists, lists + split * count);
   __syncwarp();
@@ -184,7 +184,7 @@ void hamming_topk_launch(const CudaHammingTopk &p, bool int8, void *stream) {
 
 void hamming_topk_cuda(const CudaHammingTopk &p, int plan, int device, void *stream) {
   const DeviceGuard guard(device);
-  const bool int8 = plan == kAutomatic ? device_limits(device).capability >= 100 : (plan & 2) != 0;
+  const bool int8 = plan == kAutomatic ? device_limits(device).capability >= 100 : (plan & 4) != 0;
   hamming_topk_launch(p, int8, stream);
 }
 

@@ -1,6 +1,6 @@
 """Cases of bgemm, bgemm_signs and hamming_topk on the host: made, run through ctypes, judged in int64.
 
-`python -m cuda_host.bits LIBRARY` runs the small ones.
+`python -m cuda_host.bits LIBRARY [FAULT]` runs the small ones, with a planted fault (tests/quant/test_cuda_bgemm_faults.py).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Case:
     activation: int = NONE
     fill: str = "random"
     int8: bool = False
-    large: bool = False
+    tile: int = 0
 
     def __str__(self) -> str:
         return " ".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, None))
@@ -154,7 +154,7 @@ def run(library: Path, case: Case) -> None:
         a.c, b.c, address(row), address(column), address(bias), case.activation, OUTPUTS[case.output], out.ctypes.data,
         popcounts.ctypes.data,
     )  # fmt: skip
-    error = build.load(library).c_bgemm(ctypes.byref(call), ctypes.c_bool(case.int8), ctypes.c_bool(case.large))
+    error = build.load(library).c_bgemm(ctypes.byref(call), ctypes.c_bool(case.int8), case.tile)
     assert error is None, f"{case}: {error}"
     acc = a.values @ b.values.T
     if case.output == "int32":
@@ -225,8 +225,9 @@ def small_cases() -> list[Case | TopkCase]:
         Case(67, 70, 1100, "ternary", "codes2", int8=True),
         Case(66, 65, 600, "codes4", "ternary", "bf16", "rcb", RELU),
         Case(2, 513, 40, output="signs", epilogue="b"),
-        Case(130, 129, 513, output="fp16", epilogue="r", large=True),
+        Case(130, 129, 513, output="fp16", epilogue="r", tile=1),
         TopkCase(3, 200, 70, 10, 2),
+        TopkCase(1, 640, 33, 4, 10),
         TopkCase(35, 130, 513, 40, 3, "ternary", "codes2", "hard", int8=True),
     ]
 
@@ -235,8 +236,15 @@ def run_any(library: Path, case: Case | TopkCase) -> None:
     run(library, case) if isinstance(case, Case) else run_topk(library, case)
 
 
+def plant(library: Path, number: int) -> None:
+    """Turns on one fault of a library that was built with all of them; 0: none."""
+    int32.in_dll(build.load(library), "_ZN8fastloss5faultE").value = number
+
+
 def main() -> None:
     """Entry point of the sanitizer runs."""
+    if len(sys.argv) > 2:
+        plant(Path(sys.argv[1]), int(sys.argv[2]))
     for case in small_cases():
         run_any(Path(sys.argv[1]), case)
 

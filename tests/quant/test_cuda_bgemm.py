@@ -78,15 +78,16 @@ def test_epilogues(library: Path, output: str) -> None:
 
 def test_signs_of_many_columns(library: Path) -> None:
     """Rows padded with zeros to 512 bits, by tiles that have no column."""
-    for m, n, large in ((3, 511, False), (2, 513, False), (66, 600, True)):
-        run(library, Case(m, n, 40, output="signs", epilogue="c", large=large))
+    for m, n, tile in ((3, 511, 0), (2, 513, 0), (66, 600, 1)):
+        run(library, Case(m, n, 40, output="signs", epilogue="c", tile=tile))
 
 
 @ENGINES
 def test_several_tiles(int8: bool) -> None:
-    """Groups of 8 rows of tiles, the last one not full; both sizes of tiles."""
+    """Groups of 8 rows of tiles, the last one not full; all sizes of tiles."""
     run(build.build(only="bits"), Case(64 * 9 + 1, 70, 33, int8=int8))
-    run(build.build(only="bits"), Case(130, 257, 600, "ternary", output="int32", int8=int8, large=True))
+    run(build.build(only="bits"), Case(130, 257, 600, "ternary", output="int32", int8=int8, tile=1))
+    run(build.build(only="bits"), Case(257, 130, 600, output="bf16", epilogue="c", int8=int8, tile=2))
 
 
 @pytest.mark.parametrize("scale", ["", "random", "hard"])
@@ -103,18 +104,18 @@ def test_topk_kinds(int8: bool) -> None:
 
 def test_topk_of_many_parts(library: Path) -> None:
     """More lists than a block that merges them has warps, some of them empty; more rows than a block has."""
-    run_topk(library, TopkCase(3, 1300, 3, 40, 25))
+    run_topk(library, TopkCase(3, 1300, 40, 40, 25))
     run_topk(library, TopkCase(131, 130, 20, 3, 1))
 
 
 def test_plan() -> None:
     """Large tiles where they fill the device, bits up to sm_90, and parts of b only where rows of a are few."""
     library = build.load(build.build(only="bits"))
-    for (m, n, capability), plan in {
-        (4096, 4096, 90): 1, (8192, 64, 90): 0, (1, 8192, 80): 0, (1000, 1000, 89): 0, (2048, 2048, 90): 1,
-        (4096, 4096, 100): 3, (1, 1, 120): 2,
+    for (m, n, capability, kib), plan in {
+        (4096, 4096, 90, 227): 2, (4096, 4096, 89, 99): 1, (8192, 64, 90, 227): 0, (1, 8192, 80, 163): 0,
+        (1000, 1000, 89, 99): 0, (2048, 2048, 90, 227): 1, (4096, 4096, 100, 227): 6, (1, 1, 120, 99): 4,
     }.items():  # fmt: skip
-        assert library.c_bgemm_plan(int64(m), int64(n), 132, capability) == plan
+        assert library.c_bgemm_plan(int64(m), int64(n), 132, capability, kib << 10) == plan
     for (m, n), splits in {(1024, 1 << 20): 66, (1, 1 << 20): 528, (100000, 1 << 20): 1, (1, 500): 1}.items():
         assert library.c_topk_splits(int64(m), int64(n), 132) == splits
 

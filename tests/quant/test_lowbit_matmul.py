@@ -181,6 +181,16 @@ def test_all_of_a_float32_counts(isa: int) -> None:
         assert torch.equal(run_at(isa, x, p, k, (2,), -1, None, 0, transposed).double(), right)
 
 
+def test_long_sums(isa: int) -> None:
+    """16384 columns: the error is no larger than torch's, with some room for chance."""
+    k = 16384
+    planes, x = planes_of(34, k, 4), torch.randn(33, k)
+    w = numbers(planes, k, "codes4")
+    right = x.double() @ w.T
+    ours = run_at(isa, x, planes, k, *KINDS["codes4"])
+    assert (ours - right).norm() <= 1.1 * (x @ w.float().T - right).norm()
+
+
 @pytest.mark.parametrize("rows", [2, 40])
 def test_infinities_and_nan(isa: int, rows: int) -> None:
     """Row by row they come out as in torch's own product."""

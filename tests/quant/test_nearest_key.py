@@ -63,6 +63,14 @@ def test_what_float32_cannot_tell_apart() -> None:
     assert torch.equal(nearest_key(x, keys), expected)
 
 
+def test_more_near_ties_than_candidates() -> None:
+    """Clusters of twenty keys that float32 products cannot rank: none of a list of four need be the nearest."""
+    centers = torch.randn(6, 32)
+    keys = (centers[:, None] * (1 + 1e-6 * torch.randn(6, 20, 32))).reshape(-1, 32)
+    x = (centers[:, None] * (1 + 1e-6 * torch.randn(6, 30, 32))).reshape(-1, 32)
+    assert torch.equal(nearest_key(x, keys), brute(x, keys))
+
+
 def test_mean_far_away() -> None:
     keys, x = torch.randn(64, 16) + 3e4, torch.randn(100, 16) + 3e4
     assert torch.equal(nearest_key(x, keys), brute(x, keys))

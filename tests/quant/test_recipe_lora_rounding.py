@@ -31,6 +31,7 @@ def test_formula_and_gradients() -> None:
     assert np.allclose(module.up().detach(), up, atol=1e-12)
     assert np.allclose(module().detach(), expected, atol=1e-12)
     assert np.allclose(module.regularizer(3.0).item(), (1 - np.abs(2 * up - 1) ** 3).sum())
+    assert np.allclose(module.rounded(), np.clip(np.floor(w / s) + (up >= 0.5), -8, 7) * s, atol=1e-12)
     weight = np.random.default_rng(0).normal(size=(6, 8))
     (module() * torch.from_numpy(weight)).sum().backward()
     inside = (np.floor(w / s) + up >= -8) & (np.floor(w / s) + up <= 7)
@@ -43,7 +44,7 @@ def test_formula_and_gradients() -> None:
 
 def test_starts_between_and_ends_on_levels() -> None:
     module = LoraRounding(torch.randn(5, 7), torch.tensor(0.2), 4, 2)
-    assert bool((module.up() == 0.5).all()) and float(module.regularizer(2.0)) == 35.0
+    assert bool((module.up() == 0.5).all()) and module.regularizer(2.0).item() == 35.0
     levels = module.rounded() / 0.2
     assert torch.allclose(levels, levels.round(), atol=1e-5)
     trained = made()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import batched, functorch_active
+from ..autograd import batched, forward_mode_active, functorch_active
 from . import ops, reference_quant
 from .bit_tensor import BitTensor
 from .bits import pack_bits
@@ -20,7 +20,7 @@ SAVES = ("auto", "exact", "mask", "u8")
 
 
 def _saved(save: str, surrogate: SurrogateFunction) -> int:
-    """The flag of what the backward reads beside the signs; NOTHING: x itself, or nothing for the identity."""
+    """The flag of what the slopes are made of again in the backward; NOTHING: x itself, or nothing for the identity."""
     if save not in SAVES:
         raise ValueError(f"save must be one of {', '.join(SAVES)}, got {save!r}")
     kind = surrogate.kind
@@ -35,12 +35,36 @@ def _saved(save: str, surrogate: SurrogateFunction) -> int:
     return Save.MASK if save == "mask" or kind == Surrogate.CLIP else Save.NOTHING
 
 
+def _kept(slopes: int, surrogate: SurrogateFunction, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> int:
+    """`slopes`, and the signs where the scale's gradient wants them and x is not kept; nothing without a gradient."""
+    if functorch_active():  # which does not say what requires a gradient
+        learned = scale is not None
+    elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, shift, scale)):
+        return Save.NOTHING
+    else:
+        learned = scale is not None and scale.requires_grad
+    exact = slopes == Save.NOTHING and surrogate.kind != Surrogate.IDENTITY
+    return slopes | Save.SIGNS if learned and not exact else slopes
+
+
+def _composed(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, layout: Layout, surrogate: SurrogateFunction
+) -> Tensor:
+    """`binarize` in PyTorch operations that forward-mode AD takes."""
+    u = x.to(ops.wide(x)) - reference_quant.spread(shift, x, *layout, 0.0)
+    size = torch.as_tensor(reference_quant.spread(scale, x, *layout, 1.0)).to(u)
+    kind, p0, p1 = surrogate
+    at = u.detach()
+    sign = torch.where((torch.sin(p0 * at) if kind == Surrogate.BIPER else at) >= 0, 1.0, -1.0).to(u.dtype)
+    moved = (u - at).nan_to_num(0.0)  # inf - inf
+    return (sign * size + size.detach() * reference_quant.slope(at, kind, p0, p1).nan_to_num(0.0) * moved).to(x.dtype)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, shift, scale, layout, surrogate, kept = inputs
     _, signs, mask, codes = output
     ctx.mark_non_differentiable(signs, mask, codes)
-    needs_scale = scale is not None and scale.requires_grad
-    exact = kept == Save.NOTHING and (surrogate.kind != Surrogate.IDENTITY or needs_scale)
+    exact = not kept & (Save.MASK | Save.CODES) and surrogate.kind != Surrogate.IDENTITY
     ctx.save_for_backward(x if exact else None, shift, scale, signs, mask, codes)
     ctx.layout, ctx.surrogate, ctx.kept, ctx.shape = layout, surrogate, kept, x.shape
 
@@ -48,9 +72,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _forward(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, layout: Layout, surrogate: SurrogateFunction, kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    signs = Save.SIGNS if kept and scale is not None and scale.requires_grad else Save.NOTHING
     y, signs, _, mask, codes = _ops.binarize.default(
-        rows_of(x), shift, scale, *layout, *_numbers(surrogate), int(Save.DENSE | signs | kept)
+        rows_of(x), shift, scale, *layout, *_numbers(surrogate), int(Save.DENSE | kept)
     )
     return y.reshape(x.shape), signs, mask, codes
 
@@ -128,6 +151,8 @@ def _statistics(
     if center and shift is not None:
         raise ValueError("center makes its own shift: give one of them")
     along = None if isinstance(scale, str) and scale == "mean" else dim
+    if center or isinstance(scale, str):
+        layout_of(x, along)  # raises for a dim that x does not have
     if center:
         wide = x.to(ops.wide(x))
         shift = wide.mean().reshape(1) if along is None else wide.movedim(along, 0).reshape(x.shape[along], -1).mean(1)
@@ -167,8 +192,7 @@ def binarize(
         detach: whether the statistics that "mean", "row" and `center` make are constants in the backward (XNOR-Net,
             BiViT) or not (ReSTE).
         save: what the backward reads: "exact" x; "mask" one bit an element (clip, identity); "u8" |u| in 255 levels,
-            whose slope is that of
-            the nearest level; "auto": mask where it is exact (clip), nothing for identity, else x.
+            whose slope is that of the nearest level; "auto": mask where it is exact (clip), nothing for identity, else x.
         packed: the signs as a BitTensor of rows of the last dimension, with the scale, and no gradient.
 
     Raises ValueError and TypeError. Sources of the surrogates: `fastloss.quant.surrogates`; scales and centring:
@@ -178,15 +202,17 @@ def binarize(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     function = surrogate_of(surrogate)
-    kept = _saved(save, function)
+    slopes = _saved(save, function)
     scale, shift, along = _statistics(x, scale, center, shift, dim, detach)
     many = any(p is not None and p.numel() != 1 for p in (scale, shift))
     layout = layout_of(x, along if many else None)
     scale, shift = check_parameter("scale", scale, layout, x), check_parameter("shift", shift, layout, x)
     if packed:
         return _packed(x, function, scale, shift, layout)
+    if forward_mode_active():
+        return _composed(x, shift, scale, layout, function)
     apply = (_BinarizeFunctorch if functorch_active() else _Binarize).apply
-    return apply(x, shift, scale, layout, function, kept)[0]
+    return apply(x, shift, scale, layout, function, _kept(slopes, function, x, shift, scale))[0]
 
 
 def _packed(

@@ -160,7 +160,7 @@ def binary_linear(
     check_linear(x, weight.shape[1], weight.shape[0], bias)
     if save not in SAVES:
         raise ValueError(f"save must be one of {', '.join(SAVES)}, got {save!r}")
-    scale, shift, _ = _statistics(weight, scale, center, None, 0, detach)
+    scale, shift, _ = _statistics(weight.detach() if detach else weight, scale, center, None, 0, detach)
     many = any(p is not None and p.numel() != 1 for p in (scale, shift))
     weight_layout = layout_of(weight, 0 if many else None)
     flat = rows_of(x)

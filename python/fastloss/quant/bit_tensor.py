@@ -67,7 +67,8 @@ class BitTensor(NamedTuple):
 
     def flat(self) -> tuple[Tensor, Tensor]:
         """(planes [P, R, B], popcounts [P, R]) as the ops take them."""
-        return self.planes.flatten(1, -2) if self.planes.dim() != 3 else self.planes, self.popcounts.flatten(1)
+        count, width = len(self.weights), self.planes.shape[-1]
+        return self.planes.reshape(count, -1, width), self.popcounts.reshape(count, -1)
 
 
 def check_bits(name: str, bits: BitTensor) -> None:

@@ -42,8 +42,6 @@ def why_not_forward(
     p1: float, save: int,
 ) -> str | None:  # fmt: skip
     """Why the compiled kernel cannot take this, or None."""
-    if save & Save.MASK and surrogate != Surrogate.CLIP:
-        return "makes a mask of clip only"
     if save & Save.CODES and surrogate in (Surrogate.IDENTITY, Surrogate.BIPER):
         return "makes codes of a surrogate whose slope ends somewhere"
     return _why_not(x)
@@ -77,8 +75,6 @@ def why_not_backward(
     """Why the compiled kernel cannot take this, or None."""
     if x is not None and x.dtype != grad.dtype:
         return f"takes x and grad of one dtype, got {x.dtype} and {grad.dtype}"
-    if mask is not None and args[4] != Surrogate.CLIP:
-        return "takes a mask of clip only"
     if codes is not None and args[4] in (Surrogate.IDENTITY, Surrogate.BIPER):
         return "takes codes of a surrogate whose slope ends somewhere"
     return _why_not(grad)
@@ -100,6 +96,11 @@ def binarize_backward(
             raise ValueError(
                 f"{name} of a gradient {list(grad.shape)} must be [{rows}, {width}], got {list(saved.shape)}"
             )
+    slopes = surrogate == Surrogate.IDENTITY or any(t is not None for t in (x, mask, codes))
+    if (needs & (Grad.X | Grad.SHIFT) and not slopes) or (needs & Grad.SCALE and x is None and signs is None):
+        raise ValueError(
+            "the gradient of x or shift needs x, mask or codes, that of scale x or signs; got none of them"
+        )
     shift, scale = _parameter("shift", shift, groups), _parameter("scale", scale, groups)
     dx = kept_memory.empty((rows, columns) if needs & Grad.X else (0,), grad.dtype)
     dscale, dshift = (

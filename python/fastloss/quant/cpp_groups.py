@@ -71,3 +71,28 @@ def dequantize_groups(
     )  # fmt: skip
     _C.dequantize_groups_cpu(fields, backend_cpp.ISA)  # type: ignore[union-attr]
     return x
+
+
+#: The functions of csrc/cpu/saved_gradient.h by the names of saved_functions.py.
+_FUNCTIONS = {"none": 0, "tanh": 1, "silu": 2, "softmax": 3}
+
+
+def _why_not_gradient(
+    grad: Tensor, codes: Tensor, low: Tensor, step: Tensor, group: int, bits: int, function: str, columns: int
+) -> str | None:
+    return backend_cpp._missing(grad) or _why_not_back(codes, low, step, grad.numel(), group, bits, grad.dtype)
+
+
+@kernel("saved_gradient", "cpp", _why_not_gradient)
+def saved_gradient(
+    grad: Tensor, codes: Tensor, low: Tensor, step: Tensor, group: int, bits: int, function: str, columns: int
+) -> Tensor:
+    """grad f'(x'), or for a softmax over `columns` numbers y' (grad - sum grad y'), of saved codes, in one pass."""
+    grad, codes, low, step = (t.contiguous() for t in (grad, codes, low, step))
+    out = kept_memory.empty(grad.shape, grad.dtype)
+    fields = _C.SavedGradient(  # type: ignore[union-attr]
+        codes=pointer(codes), lows=pointer(low), steps=pointer(step), grad=pointer(grad), out=pointer(out), n=grad.numel(),
+        group=group, columns=columns, bits=bits, function=_FUNCTIONS[function], dtype=DTYPES[grad.dtype],
+    )  # fmt: skip
+    _C.saved_gradient_cpu(fields, backend_cpp.ISA)  # type: ignore[union-attr]
+    return out

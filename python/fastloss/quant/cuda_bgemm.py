@@ -18,7 +18,8 @@ OUTPUTS = {**DTYPES, torch.int32: 3}
 SIGNS = 4
 MOST_PLANES = 4
 LONGEST_LIST = 1024
-#: -1: the kernel that the device wants. Tests name one: 2 (bits as int8; 0: as bits) + 1 (large tiles).
+#: -1: the kernel that the device wants. Tests name one: 4 (bits as int8; 0: as bits) + 0, 1 or 2 (tiles of 64 x 64, 128 x 128,
+#: 256 x 128).
 PLAN = -1
 
 
@@ -33,6 +34,9 @@ def _why_not(
 ) -> str | None:  # fmt: skip
     if reason := backend_cuda._missing(a):
         return reason
+    for other in (a_popcounts, b, b_popcounts, *rest):
+        if isinstance(other, Tensor) and other.device != a.device:
+            return f"takes tensors of one device, got {a.device} and {other.device}"
     if len(a_weights) > MOST_PLANES or len(b_weights) > MOST_PLANES:
         return f"takes up to {MOST_PLANES} planes, got {len(a_weights)} and {len(b_weights)}"
     if columns * _largest(a_weights, a_offset) * _largest(b_weights, b_offset) >= 2**31:

@@ -107,8 +107,7 @@ def _nearest_key(x: Tensor, keys: Tensor) -> Tensor:
     what its rounding leaves open.
 
     Rounding: of differences, products, sums of D + 1 terms and the norm, at most (D + 8) u (|x| + |k|) |k| in all, and
-    what products below the smallest normal number lose. A row is settled where its `_CANDIDATES`-th score lies further
-    than that, twice, below its best.
+    what products below the smallest normal number lose.
     """
     rows, width = x.shape
     finite_rows, valid = x.isfinite().all(1), keys.isfinite().all(1)
@@ -128,11 +127,16 @@ def _nearest_key(x: Tensor, keys: Tensor) -> Tensor:
     longest = torch.where(valid, norms, 0.0).amax().sqrt()
     unit, tiny = torch.finfo(torch.float32).eps / 2, torch.finfo(torch.float32).tiny
     bound = (width + 8) * (unit * (centred_a.double().square().sum(1).sqrt() + longest) * longest + tiny)
-    fewer = scores.columns[:, -1] < 0  # every valid key is listed
-    settled = fewer | (keys.shape[0] <= _CANDIDATES) | (scores.values[:, 0] - scores.values[:, -1] > 2 * bound)
-    settled &= bound.isfinite()
-    index = _among_candidates(a, k, scores.columns)
-    open_rows = (~settled & finite_rows).nonzero()[:, 0]
-    if open_rows.numel():
-        index[open_rows] = _among_all(a[open_rows], k, valid)
+    # A score further below the best than both may err belongs to no nearest key; where something overflowed, none does.
+    below = scores.values[:, :1] - scores.values > 2 * bound[:, None]
+    complete = bound.isfinite() & ((scores.columns[:, -1] < 0) | (keys.shape[0] <= _CANDIDATES))  # all keys are listed
+    index = scores.columns[:, 0].clone()
+    decided = below[:, 1] if below.shape[1] > 1 else complete
+    listed = below[:, -1] | complete
+    some = (listed & ~decided & finite_rows).nonzero()[:, 0]
+    if some.numel():
+        index[some] = _among_candidates(a[some], k, scores.columns[some])
+    some = (~listed & ~decided & finite_rows).nonzero()[:, 0]
+    if some.numel():
+        index[some] = _among_all(a[some], k, valid)
     return torch.where(finite_rows, index, -1)

@@ -100,8 +100,10 @@ def binarize_backward(
         elif codes is not None and surrogate == Surrogate.CLIP:
             factor = (codes < 255).to(g.dtype)
         elif codes is not None:
-            at = codes.to(g.dtype) * (limit(surrogate, p0, p1) / 254)
-            factor = torch.where(codes < 255, slope(at, surrogate, p0, p1), 0.0)
+            t = limit(surrogate, p0, p1)  # in double, or rounding would put code 254 beyond t, where the slope is 0
+            at = (torch.arange(255, dtype=torch.float64, device=g.device) * (t / 254)).clamp(max=t)
+            slopes = torch.nn.functional.pad(slope(at, surrogate, p0, p1), (0, 1)).to(g.dtype)
+            factor = slopes[codes.long()]
         else:
             factor = slope(g if u is None else u, surrogate, p0, p1)
         dx = torch.where(factor == 0, 0.0, g * spread(scale, g, groups, inner, 1.0) * factor)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import kept_memory
+from .. import kept_memory, registry
 from .saved_activation import ActivationCodec, EncodedActivation
 
 _aten = torch.ops.aten
-#: Numbers decoded at a time on a CPU: in the second level of its cache, beside the gradients.
-_PIECE = 1 << 18
+#: Numbers decoded at a time on a CPU: few enough to stay in its cache, beside the gradients.
+_PIECE = 1 << 20
 
 
 def _save(ctx: Any, encoded: EncodedActivation, *more: Tensor | None) -> None:
@@ -46,6 +46,14 @@ def _by_pieces(grad: Tensor, unit: int, make: Callable[[int, int], Tensor]) -> T
     return made.reshape(grad.shape)
 
 
+def _fused(grad: Tensor, encoded: EncodedActivation, function: str) -> Tensor | None:
+    """The gradient by a kernel that decodes as it goes; None where there is none for it."""
+    if torch.compiler.is_compiling() or not grad.numel():
+        return None
+    args = (grad, *encoded[:3], encoded.group, encoded.bits, function, encoded.shape[-1] if encoded.shape else 1)
+    return registry.run("saved_gradient", *args) if registry.able("saved_gradient", *args) else None
+
+
 class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, codec: ActivationCodec) -> Tensor:
@@ -57,6 +65,8 @@ class _Pointwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         encoded, _ = _saved(ctx)
+        if (made := _fused(grad, encoded, ctx.kind)) is not None:
+            return made, None, None
         flat = grad.reshape(-1)
 
         def make(begin: int, end: int) -> Tensor:
@@ -78,6 +88,8 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         encoded, _ = _saved(ctx)
         columns = encoded.shape[-1]
+        if (made := _fused(grad, encoded, "softmax")) is not None:
+            return made, None
         flat = grad.reshape(-1)
 
         def make(begin: int, end: int) -> Tensor:
@@ -185,6 +197,8 @@ def layer_norm(
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None and tuple(p.shape) != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, got {list(p.shape)}")
-    rows = x.reshape(*x.shape[: -len(shape)], -1) if x.numel() else x.reshape(-1, math.prod(shape))
+    if not x.numel():
+        return F.layer_norm(x, shape, weight, bias, eps).to(x.dtype)
+    rows = x.reshape(*x.shape[: -len(shape)], -1)
     flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
     return _LayerNorm.apply(rows, *flat, eps, codec).reshape(x.shape)

@@ -7,21 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...pairs import Diagonal, SameId, edge_dot, row_topk
-from .. import ops  # noqa: F401  (ops registers what torch.ops.fastloss holds)
-from ..bgemm import check_product, product_arguments
+from ..bgemm import check_product
 from ..binarize import binarize
 from ..bit_tensor import BitTensor, check_bits
 from ..bits import pack_codes, unpack_bits
+from ..hamming_topk import hamming_topk
 
-_ops = torch.ops.fastloss
 #: A BitTensor has at most so many planes.
 _MOST = 4
 #: Rows that are unpacked at a time to find their norms.
 _ROWS = 4096
 
 
-def _perceptron(inside: int, hidden: int, outside: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inside, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outside))
+def _perceptron(inside: int, hidden: int, outside: int, identity: bool) -> nn.Sequential:
+    first, last = nn.Linear(inside, hidden), nn.Linear(hidden, outside)
+    if identity:  # relu(u) - relu(-u) = u, of u = (x - mean) / std by the BatchNorm between them
+        with torch.no_grad():
+            for layer, rows, columns in ((first, hidden, inside), (last, outside, hidden)):
+                layer.bias.zero_()
+                layer.weight.zero_()
+                both = torch.cat((torch.eye(inside), -torch.eye(inside)), int(rows < columns))
+                layer.weight[: both.shape[0], : both.shape[1]] = both
+    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(), last)
 
 
 class RecurrentBinarizer(nn.Module):
@@ -35,11 +42,16 @@ class RecurrentBinarizer(nn.Module):
     Args:
         features: D of the embeddings. code_features: numbers of a code (None: D). hidden: of the perceptrons.
         steps: 0 to 3.
+        identity: start with perceptrons that only standardise what they get: codes are then the numbers less their mean,
+            rounded, and training improves them (not of the paper; hidden units beyond 2 D start at 0 and stay there).
 
     Source: "Binary Embedding-based Retrieval at Tencent" (one step, 512 features, 2048 hidden).
     """
 
-    def __init__(self, features: int, code_features: int | None = None, hidden: int = 2048, steps: int = 1) -> None:
+    def __init__(
+        self, features: int, code_features: int | None = None, hidden: int = 2048, steps: int = 1, *,
+        identity: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         codes = features if code_features is None else code_features
         for name, value in (("features", features), ("code_features", codes), ("hidden", hidden)):
@@ -47,10 +59,14 @@ class RecurrentBinarizer(nn.Module):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if not isinstance(steps, int) or not 0 <= steps < _MOST:
             raise ValueError(f"steps must be 0 to {_MOST - 1}, got {steps!r}")
+        if identity and (codes != features or hidden < 2 * features):
+            raise ValueError(
+                f"identity needs code_features = features and hidden >= 2 features, got {codes}, {features} and {hidden}"
+            )
         self.features, self.code_features, self.steps = features, codes, steps
-        self.binarized = _perceptron(features, hidden, codes)
-        self.restored = nn.ModuleList(_perceptron(codes, hidden, features) for _ in range(steps))
-        self.residual = nn.ModuleList(_perceptron(features, hidden, codes) for _ in range(steps))
+        self.binarized = _perceptron(features, hidden, codes, identity)
+        self.restored = nn.ModuleList(_perceptron(codes, hidden, features, identity) for _ in range(steps))
+        self.residual = nn.ModuleList(_perceptron(features, hidden, codes, identity) for _ in range(steps))
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, D] -> codes [M, code_features] as numbers, differentiable."""
@@ -125,18 +141,10 @@ def symmetric_distance_topk(
     for name, bits in (("queries", queries), ("documents", documents)):
         if bits.scale is not None and bits.scale.shape[1] != 1:
             raise ValueError(f"{name} must have one scale a row, got groups of {bits.group} columns")
-    if not isinstance(count, int) or not 1 <= count <= documents.rows:
-        raise ValueError(f"count must be 1 to {documents.rows}, got {count!r}")
-    if document_norms is None:
-        document_norms = inverse_norms(documents)
-    if document_norms.shape != (documents.rows,) or document_norms.device != documents.device:
-        raise ValueError(
-            f"document_norms must be [{documents.rows}] on {documents.device}, got {list(document_norms.shape)} on "
-            f"{document_norms.device}"
-        )
-    scores, index = _ops.hamming_topk.default(*product_arguments(queries, documents), document_norms.float(), count)
-    lead = queries.shape[:-1]
-    return (scores * inverse_norms(queries)[:, None]).reshape(*lead, count), index.reshape(*lead, count)
+    norms = inverse_norms(documents) if document_norms is None else document_norms
+    plain = (queries._replace(scale=None), documents._replace(scale=None))
+    scores, index = hamming_topk(*plain, count, inverse_norms=norms)
+    return scores * inverse_norms(queries).reshape(*queries.shape[:-1], 1), index
 
 
 def recurrent_binarizer_loss(
