@@ -454,6 +454,7 @@ CASES: dict[str, Callable[[Group], Case]] = {
 
 def build(group: Group) -> Case:
     # These add theirs to CASES, and need what is above.
+    import binarizers  # noqa: F401
     import bit_implementations  # noqa: F401
     import packed_layers  # noqa: F401
     import quantisers  # noqa: F401

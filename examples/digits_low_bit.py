@@ -93,9 +93,9 @@ def milliseconds(model: nn.Module, images: Tensor, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small networks and few epochs, unless they are named")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--width", type=int, default=512, help="of the hidden layers")
-    parser.add_argument("--channels", type=int, default=64, help="of the convolutions")
+    parser.add_argument("--channels", type=int, default=32, help="of the convolutions")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     if parser.parse_known_args()[0].quick:

@@ -22,14 +22,7 @@ typedef void (*WriteBlock)(const Bgemm &, const BitSums &);
 
 namespace {
 
-void write_integers(const Bgemm &args, const BitSums &block) {
-  for (int64_t r = 0; r < block.rows; ++r)
-    memcpy(static_cast<int32_t *>(args.y) + (block.row + r) * args.b.rows + block.column, block.sums + r * block.stride,
-           size_t(block.columns) * sizeof(int32_t));
-}
-
 WriteBlock writer_for(int output, int level) {
-  if (output == kBgemmInt32) return &write_integers;
 #ifdef __x86_64__
   if (level >= kAvx512) return avx512::writer_of(output);
   if (level == kAvx2) return avx2::writer_of(output);

@@ -24,6 +24,7 @@ FASTLOSS_WORD void totals(const Counter (&counts)[kAcross], int32_t *to) {
   for (int i = 0; i < kAcross; ++i) to[i] = int32_t(counts[i]);
 }
 FASTLOSS_WORD Vector load_sums(const int32_t *p) { return {float(*p)}; }
+FASTLOSS_WORD void stream_sums(int32_t *p, const int32_t *sums) { memcpy(p, sums, 2 * sizeof *p); }
 FASTLOSS_WORD unsigned sums_above(const int32_t *a, const int32_t *b) { return *a > *b; }
 FASTLOSS_WORD unsigned lanes_not_negative(Vector a) { return a.value >= 0; }
 #undef FASTLOSS_WORD
@@ -58,6 +59,10 @@ FASTLOSS_WORD void totals(const Counter (&counts)[kAcross], int32_t *to) {
   _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(low));
 }
 FASTLOSS_WORD Vector load_sums(const int32_t *p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)p)); }
+FASTLOSS_WORD void stream_sums(int32_t *p, const int32_t *sums) { // 2 * kWidth of them past the cache
+  for (int i = 0; i < 16; i += 8)
+    _mm256_stream_si256((__m256i *)(p + i), _mm256_loadu_si256((const __m256i *)(sums + i)));
+}
 FASTLOSS_WORD unsigned sums_above(const int32_t *a, const int32_t *b) {
   const __m256i above =
       _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)a), _mm256_loadu_si256((const __m256i *)b));
@@ -98,6 +103,9 @@ FASTLOSS_WORD void totals(const Counter (&counts)[kAcross], int32_t *to) {
   _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi64_epi32(eight));
 }
 FASTLOSS_WORD Vector load_sums(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+FASTLOSS_WORD void stream_sums(int32_t *p, const int32_t *sums) {
+  for (int i = 0; i < 32; i += 16) _mm512_stream_si512((__m512i *)(p + i), _mm512_loadu_si512(sums + i));
+}
 FASTLOSS_WORD unsigned sums_above(const int32_t *a, const int32_t *b) {
   return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
 }

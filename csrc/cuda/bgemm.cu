@@ -3,8 +3,8 @@
 //
 // What an H200 should take, from the SASS for sm_90 and from bytes (132 multiprocessors, 1.98 GHz, 17.7k bit products a
 // clock each, which is 9.25 POPS; L2 about 5.5 TB/s, so 21 bytes a clock each). A step of 512 bits of a 256 x 128 tile
-// is 8 warps x 64 BMMA: 948 clocks of the tensor cores. A warp issues 203 instructions, two warps share a scheduler:
-// 406 clocks. ldmatrix reads 64 KiB and cp.async writes 24 KiB of shared memory at 128 bytes a clock: 704 clocks. L2
+// is 8 warps x 64 BMMA: 948 clocks of the tensor cores. A warp issues 191 instructions, two warps share a scheduler:
+// 382 clocks. ldmatrix reads 64 KiB and cp.async writes 24 KiB of shared memory at 128 bytes a clock: 704 clocks. L2
 // gives 24 KiB in 1170 clocks: that is the bound, at 0.81 of the peak; of 128 x 128 tiles it were 0.61.
 // The epilogue is about 3k clocks a tile, and of a 256 x 128 tile nothing else runs beside it.
 //   8192^3, int32          2048 tiles, 16 waves x (16 steps x 1170 + 3k) = 350k clocks     0.18 ms, 6.3 POPS

@@ -1,4 +1,5 @@
-"""Fused loss and head kernels for PyTorch: large-vocabulary softmax without the logits, drop-in for torch.nn losses."""
+"""Fused loss and head kernels for PyTorch: large-vocabulary softmax without the logits, drop-in for torch.nn losses;
+contrastive losses without the similarities; one-bit and low-bit training and inference."""
 
 from . import contrastive, functional, losses, nn, quant, terms
 from .device_checks import check_device_targets
@@ -33,7 +34,7 @@ from .terms import HLGauss, RowTerm, TeacherHead
 from .token_logp import token_logp, token_logp_of_logits, token_mask
 from .wide_statistics import WideRowStats
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "BackendError",

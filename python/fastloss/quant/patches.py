@@ -93,7 +93,7 @@ def source(size: int, before: int, after: int, mode: str, device: torch.device) 
 
 
 def _pad_bits(pixels: Tensor, geometry: Geometry) -> Tensor:
-    """[N, H, W, groups, bytes] -> [N, padded H, padded W, groups, bytes]; "zeros" gives bits 0 (`border` puts it right)."""
+    """[N, H, W, groups, bytes] -> [N, padded H, padded W, groups, bytes]; "zeros" gives bits 0 (`correction` puts it right)."""
     left, right, top, bottom = geometry.padding
     if not any(geometry.padding):
         return pixels
@@ -120,32 +120,41 @@ def _windows(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _ones(bits: Tensor) -> Tensor:
-    """The number of ones in each byte."""
-    pairs = bits - (bits >> 1 & 0x55)
-    nibbles = (pairs & 0x33) + (pairs >> 2 & 0x33)
-    return nibbles + (nibbles >> 4) & 0x0F
+    """The number of ones in each byte of a contiguous [..., bytes], eight bytes at a time where that is possible."""
+    by_word = bits.shape[-1] % 8 == 0
+    spread = 0x0101010101010101 if by_word else 1
+    words = bits.view(torch.int64) if by_word else bits
+    pairs = words - (words >> 1 & 0x55 * spread)
+    nibbles = (pairs & 0x33 * spread) + (pairs >> 2 & 0x33 * spread)
+    return (nibbles + (nibbles >> 4) & 0x0F * spread).view(torch.uint8)
 
 
 def patches(planes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """The patches of packed pixels, as operands of `bgemm`: (planes [groups, N H' W', B], popcounts [groups, N H' W'])."""
     g = geometry
     pixels = planes[0][:, : g.height * g.width * g.groups * g.channel_bytes]
-    pixels = _pad_bits(pixels.unflatten(1, (g.height, g.width, g.groups, g.channel_bytes)), g)
+    pixels = _pad_bits(pixels.unflatten(1, (g.height, g.width, g.groups, g.channel_bytes)), g).contiguous()
     popcounts = _windows(_ones(pixels).sum(-1, dtype=torch.int32), g).sum((3, 4), dtype=torch.int32)
     rows = pixels.new_zeros((g.groups, popcounts.numel() // g.groups, row_bytes(g.columns)))
     if g.channel_bytes % 8 == 0:  # eight bytes at a time
-        pixels = pixels.contiguous().view(torch.int64)
+        pixels = pixels.view(torch.int64)
     found = _windows(pixels, g).permute(5, 0, 1, 2, 3, 4, 6)
     rows.view(pixels.dtype)[..., : g.columns // 8 // pixels.element_size()].view(found.shape).copy_(found)
     return rows, popcounts.flatten(0, 2).T.contiguous()
 
 
-def border(kernel_planes: Tensor, geometry: Geometry) -> Tensor | None:
-    """What zero padding adds to the product with padding bits of 0, int32 [H' W', O]: the sum of the signs under them."""
+def correction(kernel_planes: Tensor, geometry: Geometry) -> Tensor | None:
+    """What a product of patches lacks, float64 [H' W' or 1, O] of integers; None: nothing.
+
+    Behind the channels both bits are 0, and add (-1) (-1) each. Where zeros pad the image the bits are 0 as well, and the
+    sum of the signs under them has to be added.
+    """
     g = geometry
+    filler = kernel_planes.new_full((1, 1), -g.filler, dtype=torch.float64)
     if g.mode != "zeros" or not any(g.padding):
-        return None
+        return filler if g.filler else None
     outside = pad(kernel_planes.new_zeros((1, g.height, g.width)), g.padding, value=1)
     taps = _windows(outside, g).reshape(-1, g.kernel[0] * g.kernel[1])
-    ones = _ones(kernel_planes[0][:, : g.columns // 8]).unflatten(1, (-1, g.channel_bytes)).sum(-1)
-    return (taps.double() @ (2 * ones - g.channels).double().T).to(torch.int32)  # exact, on every device
+    kernels = kernel_planes[0][:, : g.columns // 8].unflatten(1, (-1, g.channel_bytes)).contiguous()
+    sums = 2 * _ones(kernels).sum(-1, dtype=torch.int32) - g.channels
+    return taps.double() @ sums.double().T + filler  # exact, on every device

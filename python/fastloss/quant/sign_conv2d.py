@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from .contract import Activation
 from .ops import wide
-from .patches import Geometry, border, pack_kernel, pack_pixels, patches, source, unpack_kernel, unpack_pixels
+from .patches import Geometry, correction, pack_kernel, pack_pixels, patches, source, unpack_kernel, unpack_pixels
 
 _ops = torch.ops.fastloss
 
@@ -22,10 +22,11 @@ def packed_conv2d(
     """scale_o (signs * signs) + bias_o, [N, O, H', W'] with channels last in memory, of what `pack_pixels` and
     `pack_kernel` make."""
     rows, popcounts = patches(pixels, geometry)
-    outside = border(kernel, geometry)
+    lacking = correction(kernel, geometry)
     outputs = kernel.shape[1] // geometry.groups
-    # The epilogue of the product rounds to float32, after an exact sum of whole rows.
-    fused = outside is None and not geometry.filler and dtype != torch.float64
+    # A float32 sum is exact up to 2^24; its epilogue rounds to float32, after a sum that lacks nothing.
+    exact = torch.float32 if dtype != torch.float64 and geometry.columns < 1 << 24 else torch.int32
+    fused = lacking is None and exact == torch.float32
     found = []
     for group in range(geometry.groups):
         own = slice(group * outputs, (group + 1) * outputs)
@@ -34,16 +35,17 @@ def packed_conv2d(
             _ops.bgemm.default(
                 rows[group, None], popcounts[group, None], kernel[:, own].contiguous(),
                 kernel_popcounts[:, own].contiguous(), geometry.columns, [2], -1, [2], -1, None, *epilogue,
-                int(Activation.NONE), dtype if fused else torch.int32,
+                int(Activation.NONE), dtype if fused else exact,
             )
         )  # fmt: skip
     y = found[0] if len(found) == 1 else torch.cat(found, 1)
     y = y.reshape(pixels.shape[1], geometry.output[0] * geometry.output[1], kernel.shape[1])
     if not fused:
-        y = y - geometry.filler
-        y = (y if outside is None else y + outside).to(wide(pixels.new_empty(0, dtype=dtype)))
-        y = y if scale is None else y * scale
-        y = (y if bias is None else y + bias).to(dtype)
+        y = y.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for change, by in ((y.add_, lacking), (y.mul_, scale), (y.add_, bias)):
+            if by is not None:
+                change(by.to(y.dtype))
+        y = y.to(dtype)
     return y.unflatten(1, geometry.output).permute(0, 3, 1, 2)
 
 
