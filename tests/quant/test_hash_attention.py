@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from fastloss import registry
+import fastloss
+from fastloss import backend_cpp, registry
+from fastloss.compiled import _C, MISSING
 from fastloss.quant import hash_attention, pack_bits, selftest
-from tolerance import check_close
+from tolerance import check_close, check_gradient
 
 FORMS = [(bias, causal) for bias in ("sum", "self") for causal in (False, True)]
 #: batch and heads, queries, keys, bits, columns of v
@@ -133,3 +137,88 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match=r"v must be a floating tensor, got torch\.int64"):
         hash_attention(q, k, v.long())
     assert hash_attention(q[:, :0], k, v).shape == (2, 0, 3)
+
+
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+compiled_only = pytest.mark.skipif(_C is None, reason=str(MISSING))
+
+
+@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Each level of csrc/cpu/cpu.h in turn, forced."""
+    best = _C.best_isa()  # type: ignore[union-attr]
+    if request.param > best:
+        pytest.skip(f"needs {ISAS[request.param]}; the best of this machine is {_C.isa_name(best)}")  # type: ignore[union-attr]
+    monkeypatch.setattr(backend_cpp, "ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Undoes torch.set_num_threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def check_kernel(backend: str, shape: tuple[int, ...], dtype: torch.dtype, bias: str, causal: bool) -> None:
+    """Result and gradients of a backend against torch's composition of the same dtype, both against float64."""
+    given = operands(shape, dtype, shift=0.3)
+    wide = [t.detach().double().requires_grad_() for t in given]
+    same = [t.detach().requires_grad_() for t in given]
+    with registry.use_backend(backend):
+        out = hash_attention(*given, bias=bias, causal=causal)
+        grad = torch.randn(out.shape).to(dtype)
+        made = torch.autograd.grad(out, given, grad)
+    exact, ours = dense(*wide, bias, causal), dense(*same, bias, causal)
+    check_close(out, ours, exact, dtype)
+    torchs, wanted = torch.autograd.grad(ours, same, grad), torch.autograd.grad(exact, wide, grad.double())
+    check_gradient(made[2], torchs[2], wanted[2], dtype)
+    for got, by_torch, right, size in zip(made, torchs, wanted, magnitudes(*wide, grad, exact, causal), strict=False):
+        allowed = 1.25 * (by_torch.double() - right).abs() + 4 * torch.finfo(dtype).eps * size
+        assert ((got.double() - right).abs() <= allowed).all()
+
+
+def magnitudes(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Sums of the magnitudes of the terms of dq and dk, which cancel: attention weights sum to 1 whatever the codes."""
+    products = q @ k.mT + q.shape[-1] + 1
+    products = products.tril() if causal else products
+    g = grad.double() / products.sum(-1, keepdim=True)
+    terms = g.abs() @ v.abs().mT + (g * out).abs().sum(-1, keepdim=True)
+    terms = (terms.tril() if causal else terms).detach()
+    return terms.sum(-1)[..., None], terms.sum(-2)[..., None]
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
+def test_kernels(isa: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for bias, causal in FORMS:
+        check_kernel("cpp", shape, dtype, bias, causal)
+
+
+@compiled_only
+@pytest.mark.parametrize("count", [1, 3])
+def test_blocks_and_threads(count: int, threads: None) -> None:
+    """Several blocks of tokens, forwards and backwards; two runs give the same bits."""
+    torch.set_num_threads(count)
+    for bias, causal in FORMS:
+        check_kernel("cpp", (1, 1100, 1100, 5, 6), torch.float32, bias, causal)
+    check_kernel("cpp", (2, 20, 1300, 9, 3), torch.float32, "sum", False)
+    given = operands((2, 1500, 1500, 16, 32), torch.float32)
+    first, second = (hash_attention(*given, causal=True) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@compiled_only
+def test_numbers_that_are_no_codes() -> None:
+    """The op is the formula of any numbers: +0.5 and weights that do not sum to an integer."""
+    q, k, v = (torch.rand(2, 70, n) for n in (12, 12, 40))
+    out = hash_attention(q, k, v)
+    check_close(out, dense(q, k, v), dense(q.double(), k.double(), v.double()), torch.float32)
+
+
+def test_backends_say_what_they_do_not_take() -> None:
+    given = [t.detach() for t in operands((1, 3, 3, 2, 2))]
+    said = fastloss.explain("hash_attention", *given, False, False)
+    assert "takes float32, float16 or bfloat16" in said
