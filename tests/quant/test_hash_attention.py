@@ -12,7 +12,7 @@ import fastloss
 from fastloss import backend_cpp, registry
 from fastloss.compiled import _C, MISSING
 from fastloss.quant import hash_attention, pack_bits, selftest
-from tolerance import check_close, check_gradient
+from tolerance import check_close
 
 FORMS = [(bias, causal) for bias in ("sum", "self") for causal in (False, True)]
 #: batch and heads, queries, keys, bits, columns of v
@@ -169,24 +169,27 @@ def check_kernel(backend: str, shape: tuple[int, ...], dtype: torch.dtype, bias:
     with registry.use_backend(backend):
         out = hash_attention(*given, bias=bias, causal=causal)
         grad = torch.randn(out.shape).to(dtype)
-        made = torch.autograd.grad(out, given, grad)
+        made: tuple[Tensor, ...] = torch.autograd.grad(out, given, grad)
     exact, ours = dense(*wide, bias, causal), dense(*same, bias, causal)
-    check_close(out, ours, exact, dtype)
-    torchs, wanted = torch.autograd.grad(ours, same, grad), torch.autograd.grad(exact, wide, grad.double())
-    check_gradient(made[2], torchs[2], wanted[2], dtype)
-    for got, by_torch, right, size in zip(made, torchs, wanted, magnitudes(*wide, grad, exact, causal), strict=False):
-        allowed = 1.25 * (by_torch.double() - right).abs() + 4 * torch.finfo(dtype).eps * size
-        assert ((got.double() - right).abs() <= allowed).all()
+    made, peers = (out, *made), (ours, *torch.autograd.grad(ours, same, grad))
+    right = (exact, *torch.autograd.grad(exact, wide, grad.double()))
+    sizes = magnitudes(*(t.detach() for t in (*wide, grad.double(), exact)), bias, causal)
+    for got, by_torch, wanted, size in zip(made, peers, right, sizes, strict=True):
+        allowed = 1.25 * (by_torch.double() - wanted).abs() + 4 * torch.finfo(dtype).eps * size
+        assert got.dtype == dtype and ((got.double() - wanted).abs() <= allowed).all()
 
 
-def magnitudes(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Sums of the magnitudes of the terms of dq and dk, which cancel: attention weights sum to 1 whatever the codes."""
-    products = q @ k.mT + q.shape[-1] + 1
-    products = products.tril() if causal else products
-    g = grad.double() / products.sum(-1, keepdim=True)
-    terms = g.abs() @ v.abs().mT + (g * out).abs().sum(-1, keepdim=True)
-    terms = (terms.tril() if causal else terms).detach()
-    return terms.sum(-1)[..., None], terms.sum(-2)[..., None]
+def magnitudes(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, bias: str, causal: bool
+) -> tuple[Tensor, ...]:
+    """Sums of the magnitudes of the terms of out, dq, dk and dv, which cancel: signs do, and weights sum to 1 whatever the
+    codes."""
+    b, products = q.shape[-1] + 1, q @ k.mT
+    seen = torch.ones_like(products[0]).tril() if causal else torch.ones_like(products[0])
+    d = ((products + b) * seen).sum(-1, keepdim=True)
+    weights = (products.abs() + (b if bias == "sum" else b * torch.eye(len(seen), dtype=q.dtype))) * seen / d
+    terms = (grad.abs() @ v.abs().mT + (grad * out).abs().sum(-1, keepdim=True)) * seen / d
+    return weights @ v.abs(), terms.sum(-1)[..., None], terms.sum(-2)[..., None], weights.mT @ grad.abs()
 
 
 @compiled_only
