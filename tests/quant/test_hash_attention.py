@@ -187,7 +187,7 @@ def magnitudes(
     b, products = q.shape[-1] + 1, q @ k.mT
     seen = torch.ones_like(products[0]).tril() if causal else torch.ones_like(products[0])
     d = ((products + b) * seen).sum(-1, keepdim=True)
-    weights = (products.abs() + (b if bias == "sum" else b * torch.eye(len(seen), dtype=q.dtype))) * seen / d
+    weights = (q.abs() @ k.abs().mT + (b if bias == "sum" else b * torch.eye(len(seen), dtype=q.dtype))) * seen / d
     terms = (grad.abs() @ v.abs().mT + (grad * out).abs().sum(-1, keepdim=True)) * seen / d
     return weights @ v.abs(), terms.sum(-1)[..., None], terms.sum(-2)[..., None], weights.mT @ grad.abs()
 
