@@ -52,7 +52,8 @@ def numbers_of(table, constant, first, count, tokens):
 
 @triton.jit(do_not_specialize=["keys", "steps", "blocks"])
 def context_kernel(w, w_scale, z, z_scale, beta, context, codes, keys, depth, columns, steps, blocks, SUM: tl.constexpr,
-                   D: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                   D: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
     """context[block] [depth + SUM, columns]: the sums of wᵀ z and (SUM) beta z; codes[block] [depth] (D): of w."""
     block, tile = wide(tl.program_id(0)), tl.program_id(1)
     group, b = block // blocks, block % blocks
@@ -66,13 +67,15 @@ def context_kernel(w, w_scale, z, z_scale, beta, context, codes, keys, depth, co
         tokens = (b * steps + step) * BT + tl.arange(0, BT)
         a = tile_of(w, w_scale, group * keys, keys, depth, rows, tokens)
         c = tile_of(z, z_scale, group * keys, keys, columns, cols, tokens)
-        total += tl.dot(tl.trans(a), c, input_precision="ieee")
+        total += tl.dot(tl.trans(a), c, input_precision=PRECISION)
         if SUM:
             plain += tl.sum(numbers_of(beta, 1.0, group * keys, keys, tokens)[:, None] * c, 0)
         if D:
             ones += tl.sum(a, 0)
     out = context + block * (depth + SUM) * columns
-    tl.store(out + rows[:, None] * columns + cols[None, :], total, mask=(rows < depth)[:, None] & (cols < columns)[None, :])
+    tl.store(
+        out + rows[:, None] * columns + cols[None, :], total, mask=(rows < depth)[:, None] & (cols < columns)[None, :]
+    )
     if SUM:
         tl.store(out + wide(depth) * columns + cols, plain, mask=cols < tl.where(tile // across == 0, columns, 0))
     if D:
@@ -98,7 +101,8 @@ def combine_kernel(sums, size, blocks, DIRECTION: tl.constexpr, BLOCK: tl.conste
 @triton.jit(do_not_specialize=["queries", "keys", "steps", "blocks", "alpha_constant", "own", "bias"])
 def answer_kernel(x, x_scale, w, w_scale, z, z_scale, alpha, beta, context, codes, d, y, queries, keys, depth, columns, steps,
                   blocks, alpha_constant, own, bias, SUM: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr,
-                  DIRECTION: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                  DIRECTION: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
     """y = x context + alpha beta's sums (causal: and the pairs within the chunk) + own z, divided by D where that is made."""
     chunk = wide(tl.program_id(0))
     chunks = tl.cdiv(queries, BT)
@@ -115,13 +119,13 @@ def answer_kernel(x, x_scale, w, w_scale, z, z_scale, alpha, beta, context, code
         a = tile_of(x, x_scale, group * queries, queries, depth, rows, tokens)
         some = (rows < depth)[:, None] & (cols < columns)[None, :]
         c = tl.load(held + rows[:, None] * columns + cols[None, :], mask=some, other=0.0)
-        answer += tl.dot(a, c, input_precision="ieee")
+        answer += tl.dot(a, c, input_precision=PRECISION)
         if D:
             sums = tl.load(codes + block * depth + rows, mask=rows < depth, other=0.0)
             total += tl.sum(a * sums[None, :], 1)
         if DIRECTION != 0:
             e = tile_of(w, w_scale, group * keys, keys, depth, rows, tokens)
-            pairs += tl.dot(a, tl.trans(e), input_precision="ieee")
+            pairs += tl.dot(a, tl.trans(e), input_precision=PRECISION)
     if SUM:
         first = numbers_of(alpha, alpha_constant, group * queries, queries, tokens)
         plain = tl.load(held + wide(depth) * columns + cols, mask=cols < columns, other=0.0)
@@ -135,7 +139,7 @@ def answer_kernel(x, x_scale, w, w_scale, z, z_scale, alpha, beta, context, code
         if SUM:
             pairs += first[:, None] * numbers_of(beta, 1.0, group * keys, keys, tokens)[None, :]
         value = tile_of(z, z_scale, group * keys, keys, columns, cols, tokens)
-        answer += tl.dot(tl.where(seen, pairs, 0.0), value, input_precision="ieee")
+        answer += tl.dot(tl.where(seen, pairs, 0.0), value, input_precision=PRECISION)
     if OWN:
         answer += own * tile_of(z, z_scale, group * keys, keys, columns, cols, tokens)
     if D:
@@ -171,7 +175,10 @@ def sums_over_pairs(
     codes = torch.empty(groups * blocks if with_d else 0, depth, **number)
     deep, across = (max(16, min(most, triton.next_power_of_2(n))) for most, n in ((DEEP, depth), (ACROSS, columns)))
     tiles = triton.cdiv(columns, across)
-    shape = {"BT": TOKENS, "BA": deep, "BC": across, "num_warps": 4}
+    # tf32 holds 16-bit numbers exactly, and sums of them better than their own dtype does; float32 takes three products.
+    precision = "tf32x3" if z.data.dtype == torch.float32 else "tf32"
+    shape = {"BT": TOKENS, "BA": deep, "BC": across, "PRECISION": precision}
+    shape["num_warps"] = 8 if precision == "tf32x3" else 4
     if not groups or not queries:
         return y
     with on_device(x.data):

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastloss import registry
 
 #: batch and heads, queries, keys, bits, columns of v: less than a tile, several of each kind, one of each
-SHAPES = ((1, 1, 1, 1, 1), (2, 70, 70, 16, 24), (1, 150, 150, 70, 66), (2, 5, 600, 9, 3), (2, 130, 3, 16, 20))
+SHAPES = ((1, 1, 1, 1, 1), (2, 66, 66, 16, 24), (1, 70, 70, 70, 66), (1, 5, 600, 9, 3), (2, 130, 3, 16, 20))
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -23,8 +23,9 @@ def run(backend: str, op: str, *args: object) -> tuple[Tensor, ...]:
         return getattr(torch.ops.fastloss, op).default(*args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*((shape, torch.float32) for shape in SHAPES), (SHAPES[1], torch.float16)], ids=str
+)
 def test_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = operands(shape, dtype)
     close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 2e-3}
