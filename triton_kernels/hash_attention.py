@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .common import on_device, wide
 
-#: Tokens that a program takes at a time, and rows and columns of the context that it holds.
-TOKENS, DEEP, ACROSS = 64, 64, 64
+#: Tokens that a program takes at a time, and rows and columns of the context that it holds at most.
+TOKENS, WIDEST = 64, 64
 #: Numbers of the context that a program adds.
 ADDED = 256
 
@@ -173,12 +173,14 @@ def sums_over_pairs(
     size = (depth + with_sum) * columns
     context = torch.empty(groups * blocks, size, **number)
     codes = torch.empty(groups * blocks if with_d else 0, depth, **number)
-    deep, across = (max(16, min(most, triton.next_power_of_2(n))) for most, n in ((DEEP, depth), (ACROSS, columns)))
+    most = (
+        WIDEST if z.data.dtype != torch.float32 else WIDEST // 2
+    )  # three products of float32 need twice the registers
+    deep, across = (max(16, min(most, triton.next_power_of_2(n))) for n in (depth, columns))
     tiles = triton.cdiv(columns, across)
     # tf32 holds 16-bit numbers exactly, and sums of them better than their own dtype does; float32 takes three products.
     precision = "tf32x3" if z.data.dtype == torch.float32 else "tf32"
-    shape = {"BT": TOKENS, "BA": deep, "BC": across, "PRECISION": precision}
-    shape["num_warps"] = 8 if precision == "tf32x3" else 4
+    shape = {"BT": TOKENS, "BA": deep, "BC": across, "PRECISION": precision, "num_warps": 4}
     if not groups or not queries:
         return y
     with on_device(x.data):
