@@ -83,7 +83,8 @@ def _numbers(surrogate: SurrogateFunction) -> tuple[int, float, float]:
 
 
 def _given(t: Tensor) -> Tensor | None:
-    return t if t.numel() else None
+    """What `binarize` was asked for: rows, perhaps none of them; anything else comes back as [0]."""
+    return t if t.dim() == 2 else None
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -130,13 +131,17 @@ class _BinarizeFunctorch(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def mean_magnitude(x: Tensor, dim: int | None, center: Tensor | None = None) -> Tensor:
-    """mean |x - center| of each index of `dim` [groups], or of all of x [1]; float32, float64 for float64."""
+def along_rows(x: Tensor, dim: int | None) -> Tensor:
+    """x with a row for each index of `dim`, or one row; float32, float64 for float64."""
     wide = x.to(ops.wide(x))
     if dim is None:
-        flat = wide.reshape(1, -1)
-    else:
-        flat = wide.movedim(dim, 0).flatten(1) if x.dim() > 1 else wide.reshape(-1, 1)
+        return wide.reshape(1, -1)
+    return wide.movedim(dim, 0).flatten(1) if x.dim() > 1 else wide.reshape(-1, 1)
+
+
+def mean_magnitude(x: Tensor, dim: int | None, center: Tensor | None = None) -> Tensor:
+    """mean |x - center| of each index of `dim` [groups], or of all of x [1]; float32, float64 for float64."""
+    flat = along_rows(x, dim)
     if center is not None:
         flat = flat - center[:, None]
     return torch.linalg.vector_norm(flat, 1, 1) / max(1, flat.shape[1])
@@ -151,11 +156,10 @@ def _statistics(
     if center and shift is not None:
         raise ValueError("center makes its own shift: give one of them")
     along = None if isinstance(scale, str) and scale == "mean" else dim
-    if center or isinstance(scale, str):
+    if x.dim() and (center or isinstance(scale, str)):
         layout_of(x, along)  # raises for a dim that x does not have
     if center:
-        wide = x.to(ops.wide(x))
-        shift = wide.mean().reshape(1) if along is None else wide.movedim(along, 0).reshape(x.shape[along], -1).mean(1)
+        shift = along_rows(x, along).mean(1)
         shift = shift.detach() if detach else shift
     if isinstance(scale, str):
         scale = mean_magnitude(x, along, shift if center else None)

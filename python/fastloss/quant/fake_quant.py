@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import batched, functorch_active
+from ..autograd import batched, forward_mode_active, functorch_active
 from . import reference_quant
 from .binarize import of_parameter
 from .contract import Grad
@@ -111,6 +111,34 @@ class _FakeQuantFunctorch(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+def _composed(
+    x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, layout: Layout, levels: Levels, factor: float
+) -> Tensor:
+    """The same in PyTorch operations that forward-mode AD takes: the derivatives as constants, times what moves."""
+    fixed = [None if p is None else p.detach() for p in (x, scale, offset, zero_point)]
+    v, q, inside = reference_quant.quantiser_levels(*fixed, *layout, *levels)  # type: ignore[arg-type]
+    y = q * reference_quant.spread(fixed[1], x, *layout, 1.0) + reference_quant.spread(fixed[2], x, *layout, 0.0)
+
+    def moved(p: Tensor | None) -> Tensor | float:
+        return reference_quant.spread(None if p is None else (p - p.detach()).nan_to_num(0.0), x, *layout, 0.0)
+
+    outside = factor * torch.where(inside, 0.0, 1.0).to(y.dtype)
+    y = y + torch.where(inside, (x - x.detach()).nan_to_num(0.0).to(y.dtype), 0.0)
+    y = y + factor * torch.where(inside, q - v, q) * moved(scale)
+    y = y + outside * (moved(offset) - reference_quant.spread(fixed[1], x, *layout, 1.0) * moved(zero_point))
+    return y.to(x.dtype)
+
+
+def quantised(
+    x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, layout: Layout, levels: Levels, factor: float
+) -> Tensor:
+    """x on `levels`, each parameter flat, by whatever takes the transformation that is active."""
+    if forward_mode_active():
+        return _composed(x, scale, offset, zero_point, layout, levels, factor)
+    apply = (_FakeQuantFunctorch if functorch_active() else _FakeQuant).apply
+    return apply(x, scale, offset, zero_point, layout, levels, factor)
+
+
 def fake_quant(
     x: Tensor,
     scale: Tensor,
@@ -169,8 +197,7 @@ def fake_quant(
         near = given[2].clamp(levels.low, levels.high)
         given[2] = near + (near.round() - near).detach()
     factor = _factor(grad_factor, x.numel() // max(1, given[0].numel()), levels.largest)
-    apply = (_FakeQuantFunctorch if functorch_active() else _FakeQuant).apply
-    return apply(x, *given, layout, levels, factor)
+    return quantised(x, *given, layout, levels, factor)  # type: ignore[arg-type]
 
 
 def _factor(grad_factor: str | float | None, sharing: int, largest: float) -> float:

@@ -22,7 +22,7 @@ class SurrogateFunction(NamedTuple):
 
 
 def _positive(name: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value}")
     return float(value)
 
