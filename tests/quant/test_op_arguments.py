@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import fastloss
+from fastloss import quant
+from fastloss.quant.surrogates import SurrogateFunction
 
 OPS = torch.ops.fastloss
 X, ONE = torch.randn(4, 100), torch.ones(1)
@@ -43,7 +45,9 @@ def dequantize(n: int = 16, group: int = 4, bits: int = 8, codes: Tensor = CODES
     return OPS.dequantize_groups(codes, low, step, n, group, bits, dtype)
 
 
-def pack(x: Tensor = X, kind: int = 2, scale: Tensor | None = None, group: int = 0, low: int = 0, planes: int = 2) -> Any:
+def pack(
+    x: Tensor = X, kind: int = 2, scale: Tensor | None = None, group: int = 0, low: int = 0, planes: int = 2
+) -> Any:
     return OPS.pack_bits(x, kind, None, scale, group, low, planes)
 
 
@@ -120,3 +124,19 @@ def test_what_does_not_fit_is_said(call: Callable[[], Any], words: str, backend:
                                   pack, unpack])  # fmt: skip
 def test_what_fits_runs(call: Callable[[], Any]) -> None:
     call()
+
+
+def test_a_surrogate_made_by_hand_is_checked() -> None:
+    for kind, p0, p1, words in (
+        (9, 1.0, 0.0, "0 to 6, got 9"),
+        (5, 0.0, 0.0, "swish must be a positive"),
+        (6, 1.0, 1e9, "terms"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            quant.binarize(X, SurrogateFunction(kind, p0, p1))  # type: ignore[arg-type]
+
+
+def test_a_parameter_that_is_no_tensor() -> None:
+    for call in (lambda: quant.fake_quant(X, 0.5), lambda: quant.binarize(X, scale=0.5)):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="scale must be a tensor, got float"):
+            call()

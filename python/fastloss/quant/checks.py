@@ -16,6 +16,7 @@ from torch import Tensor
 from .contract import Grad, Pack, Save, Surrogate, row_bytes
 
 _MOST_PLANES = 4
+_SURROGATES = tuple(kind.name.lower() for kind in Surrogate)
 #: |value| of a number that planes make (docs/design.md).
 _LARGEST = 127
 #: Numbers of a pattern of parameters, and of a group of codes, that an index holds with room.
@@ -73,8 +74,8 @@ def pack_bits(
         raise ValueError(f"low must be in [-{_LARGEST + 1}, {_LARGEST}], got {low}")
     _group_of_columns(group)
     _on_one_device(x, center=center, scale=scale)
-    _table("center", center, *x.shape, group)
-    _table("scale", scale, *x.shape, group)
+    _table("center", center, x.shape[0], x.shape[1], group)
+    _table("scale", scale, x.shape[0], x.shape[1], group)
 
 
 def unpack_bits(
@@ -113,19 +114,18 @@ def _parameters(x: Tensor, groups: int, inner: int, **given: Tensor | None) -> N
             raise ValueError(f"{name} must have 1 or {groups} numbers, got {list(p.shape)}")
 
 
-def _surrogate(surrogate: int, p0: float, p1: float, coded: bool) -> None:
-    if surrogate not in tuple(Surrogate):
-        raise ValueError(f"surrogate must be 0 to {len(Surrogate) - 1}, got {surrogate}")
-    kind = Surrogate(surrogate)
-    name = kind.name.lower()
-    if kind not in (Surrogate.IDENTITY, Surrogate.APPROX) and not (0 < p0 < math.inf):
-        raise ValueError(f"p0 of {name} must be a positive finite number, got {p0}")
-    if kind == Surrogate.RESTE and not (p0 >= 1 and 0 < p1 < math.inf):
+def surrogate_numbers(surrogate: int, p0: float, p1: float, coded: bool = False) -> None:
+    """ValueError for a surrogate that there is not, or numbers that it does not take."""
+    if not 0 <= surrogate < len(_SURROGATES):
+        raise ValueError(f"surrogate must be 0 to {len(_SURROGATES) - 1}, got {surrogate}")
+    if surrogate not in (Surrogate.IDENTITY, Surrogate.APPROX) and not 0 < p0 < math.inf:
+        raise ValueError(f"p0 of {_SURROGATES[surrogate]} must be a positive finite number, got {p0}")
+    if surrogate == Surrogate.RESTE and not (p0 >= 1 and 0 < p1 < math.inf):
         raise ValueError(f"reste takes p0 >= 1 (its power) and p1 > 0 (its limit), got {p0} and {p1}")
-    if kind == Surrogate.FDA and not 0 <= p1 <= 1000:
+    if surrogate == Surrogate.FDA and not 0 <= p1 <= 1000:
         raise ValueError(f"p1 of fda, its terms, must be in [0, 1000], got {p1}")
-    if coded and kind in (Surrogate.IDENTITY, Surrogate.BIPER):
-        raise ValueError(f"codes are of a slope that ends somewhere; that of {name} does not")
+    if coded and surrogate in (Surrogate.IDENTITY, Surrogate.BIPER):
+        raise ValueError(f"codes are of a slope that ends somewhere; that of {_SURROGATES[surrogate]} does not")
 
 
 def binarize(
@@ -134,7 +134,7 @@ def binarize(
 ) -> None:  # fmt: skip
     _floating("x", x, 2)
     _parameters(x, groups, inner, shift=shift, scale=scale)
-    _surrogate(surrogate, p0, p1, bool(save & Save.CODES))
+    surrogate_numbers(surrogate, p0, p1, bool(save & Save.CODES))
 
 
 def binarize_backward(
@@ -144,7 +144,7 @@ def binarize_backward(
     _floating("grad", grad, 2)
     rows, columns = grad.shape
     _parameters(grad, groups, inner, shift=shift, scale=scale)
-    _surrogate(surrogate, p0, p1, codes is not None)
+    surrogate_numbers(surrogate, p0, p1, codes is not None)
     _on_one_device(grad, x=x, signs=signs, mask=mask, codes=codes)
     if x is not None:
         _floating("x", x, 2)

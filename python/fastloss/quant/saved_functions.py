@@ -216,8 +216,8 @@ def layer_norm(
         if all(p is None or p.dtype == x.dtype for p in (weight, bias)):
             return F.layer_norm(x, shape, weight, bias, eps)
         wide = torch.promote_types(x.dtype, torch.float32)
-        given = (None if p is None else p.to(wide) for p in (weight, bias))
-        return F.layer_norm(x.to(wide), shape, *given, eps).to(x.dtype)
+        weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+        return F.layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
     rows = x.reshape(*x.shape[: -len(shape)], -1)
     flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
     return _LayerNorm.apply(rows, *flat, eps, codec).reshape(x.shape)

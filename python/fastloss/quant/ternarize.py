@@ -74,9 +74,7 @@ class _Ternarize(torch.autograd.Function):
         return dx, dscale, None, None, None, None
 
 
-def _composed(
-    x: Tensor, scale: Tensor, center: Tensor | None, threshold: Tensor, layout: Layout, clip: bool
-) -> Tensor:
+def _composed(x: Tensor, scale: Tensor, center: Tensor | None, threshold: Tensor, layout: Layout, clip: bool) -> Tensor:
     """`_Ternarize` in PyTorch operations that torch.func takes."""
     wide = x.to(ops.wide(x))
     at, size = wide.detach(), torch.as_tensor(reference_quant.spread(scale, x, *layout, 1.0))
