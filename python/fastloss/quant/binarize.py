@@ -152,13 +152,17 @@ class _BinarizeFunctorch(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def mean_magnitude(x: Tensor, dim: int | None, center: Tensor | None = None) -> Tensor:
-    """mean |x - center| of each index of `dim` [groups], or of all of x [1]; float32, float64 for float64."""
+def along_rows(x: Tensor, dim: int | None) -> Tensor:
+    """x with a row for each index of `dim`, or one row; float32, float64 for float64."""
     wide = x.to(ops.wide(x))
     if dim is None:
-        flat = wide.reshape(1, -1)
-    else:
-        flat = wide.movedim(dim, 0).flatten(1) if x.dim() > 1 else wide.reshape(-1, 1)
+        return wide.reshape(1, -1)
+    return wide.movedim(dim, 0).flatten(1) if x.dim() > 1 else wide.reshape(-1, 1)
+
+
+def mean_magnitude(x: Tensor, dim: int | None, center: Tensor | None = None) -> Tensor:
+    """mean |x - center| of each index of `dim` [groups], or of all of x [1]; float32, float64 for float64."""
+    flat = along_rows(x, dim)
     if center is not None:
         flat = flat - center[:, None]
     return torch.linalg.vector_norm(flat, 1, 1) / max(1, flat.shape[1])
@@ -170,14 +174,16 @@ def _statistics(
     """(scale, shift, dim of both)."""
     if isinstance(scale, str) and scale not in ("mean", "row"):
         raise ValueError(f'scale must be None, "mean", "row" or a tensor, got {scale!r}')
+    for name, p in (("scale", scale), ("shift", shift)):
+        if p is not None and not isinstance(p, (str, Tensor)):
+            raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
     if center and shift is not None:
         raise ValueError("center makes its own shift: give one of them")
     along = None if isinstance(scale, str) and scale == "mean" else dim
-    if center or isinstance(scale, str):
+    if x.dim() and (center or isinstance(scale, str)):
         layout_of(x, along)  # raises for a dim that x does not have
     if center:
-        wide = x.to(ops.wide(x))
-        shift = wide.mean().reshape(1) if along is None else wide.movedim(along, 0).reshape(x.shape[along], -1).mean(1)
+        shift = along_rows(x, along).mean(1)
         shift = shift.detach() if detach else shift
     if isinstance(scale, str):
         scale = mean_magnitude(x, along, shift if center else None)

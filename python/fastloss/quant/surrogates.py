@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from .checks import surrogate_numbers
 from .contract import Surrogate
 
 
@@ -22,7 +23,7 @@ class SurrogateFunction(NamedTuple):
 
 
 def _positive(name: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value}")
     return float(value)
 
@@ -92,8 +93,9 @@ BY_NAME = {
 
 
 def surrogate_of(surrogate: str | SurrogateFunction) -> SurrogateFunction:
-    """A surrogate by its name, or as it is. ValueError for a name that is not known."""
+    """A surrogate by its name, or as it is. ValueError for a name that is not known, or numbers that are not taken."""
     if isinstance(surrogate, SurrogateFunction):
+        surrogate_numbers(*surrogate)
         return surrogate
     if surrogate not in BY_NAME:
         raise ValueError(f"surrogate must be one of {', '.join(BY_NAME)} or a SurrogateFunction, got {surrogate!r}")

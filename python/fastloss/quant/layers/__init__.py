@@ -15,7 +15,7 @@ from .output_scale import OutputScale
 from .packed_linear import PackedLinear
 from .quant_linear import QuantLinear
 from .ternary_linear import BitLinear, TernaryLinear
-from .weights import MultiBasisLinear, ReCU, basis_scales, multi_basis, recu_share
+from .weights import MultiBasisLinear, ReCU, basis_scales, multi_basis
 
 __all__ = [
     "BinaryAttention",
@@ -44,6 +44,5 @@ __all__ = [
     "model_nbytes",
     "multi_basis",
     "pack_model",
-    "recu_share",
     "set_surrogate",
 ]
