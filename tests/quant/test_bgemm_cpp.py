@@ -248,7 +248,7 @@ def test_errors_of_every_backend(backend: str) -> None:
     args = arguments(a, b)
     with fastloss.use_backend(backend):
         for epilogue, dtype in (((torch.ones(3), None, None, 0), torch.int32), ((None, None, None, 9), torch.float32)):
-            with pytest.raises(ValueError, match="dtype int32 is the sum|activation must be"):
+            with pytest.raises(ValueError, match=r"dtype int32 is the sum|activation must be"):
                 torch.ops.fastloss.bgemm(*args, *epilogue, dtype)
     with fastloss.use_backend("reference"):
         for wrong in ((*args[:4], 600, *args[5:]), (*args[:5], [2, 3], *args[6:]), (*args[:5], [], *args[6:])):
