@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import batched
+from ..autograd import batched, forward_mode_active, functorch_active
 from . import ops, reference_quant
 from .binarize import mean_magnitude, of_parameter
 from .bit_tensor import BitTensor
@@ -52,10 +52,10 @@ class _Ternarize(torch.autograd.Function):
         outside = None
         if clip:
             outside = _ops.pack_bits.default(flat, int(Pack.TERNARY), per_row[0], per_row[2], 0, 0, 2)[0][0]
-        y = _ops.unpack_bits.default(planes, flat.shape[1], [-1, 2], 0, per_row[2], 0, ops.wide(x))
+        y = _ops.unpack_bits.default(planes, flat.shape[1], [-1, 2], 0, per_row[2], 0, x.dtype)
         ctx.save_for_backward(planes if ctx.needs_input_grad[1] else None, outside, scale)
         ctx.layout, ctx.shape = layout, x.shape
-        return y.to(x.dtype).reshape(x.shape)
+        return y.reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,6 +73,18 @@ class _Ternarize(torch.autograd.Function):
             t = _ops.unpack_bits.default(planes, flat.shape[1], [-1, 2], 0, None, 0, ops.wide(grad))
             dscale = of_parameter(reference_quant.group_sums(flat.to(t.dtype) * t, *ctx.layout), scale)
         return dx, dscale, None, None, None, None
+
+
+def _composed(
+    x: Tensor, scale: Tensor, center: Tensor | None, threshold: Tensor, layout: Layout, clip: bool
+) -> Tensor:
+    """The same in PyTorch operations, for torch.func and forward-mode AD."""
+    d = x.to(ops.wide(x)) - reference_quant.spread(center, x, *layout, 0.0)
+    size, least = (torch.as_tensor(reference_quant.spread(p, x, *layout, 1.0)) for p in (scale, threshold))
+    ternary = torch.where(d.detach().abs() > least, d.detach().sign(), 0.0)
+    passes = (d.detach().abs() <= size.detach()) if clip else torch.ones_like(d.detach())
+    moved = (d - d.detach()).nan_to_num(0.0)  # inf - inf
+    return (size * ternary + moved * passes).to(x.dtype)
 
 
 def _of_rows(p: Tensor, x: Tensor, layout: Layout) -> Tensor:
@@ -130,4 +142,5 @@ def ternarize(
     if packed:
         rows = [None if p is None else _of_rows(p.detach(), x, layout) for p in (threshold, middle, scale)]
         return pack_ternary(x, rows[0], center=rows[1], scale=rows[2])  # type: ignore[arg-type]
-    return _Ternarize.apply(x, scale, middle, threshold, layout, surrogate == "clip")
+    inputs = (x, scale, middle, threshold, layout, surrogate == "clip")
+    return _composed(*inputs) if functorch_active() or forward_mode_active() else _Ternarize.apply(*inputs)
