@@ -101,9 +101,36 @@ bool run_few(const Problem &p) {
 
 template <class Tiles> void run_packed(const Problem &p, int parts) { PackedRun<Tiles>(p, parts).run(); }
 
+// Products in bf16 take what is below the smallest normal number as 0: of a row this small, digits that count.
+constexpr float kSmallRow = 0x1p-100f;
+
+template <class T> FASTLOSS_AVX512 bool small_row(const Problem &p, const T *row) {
+  bool zeros = true;
+  for (int64_t column = 0; column < p.length; column += kLanes) {
+    const __m512 size = _mm512_abs_ps(load_columns(p, row, column));
+    if (_mm512_cmp_ps_mask(size, _mm512_set1_ps(kSmallRow), _CMP_NLT_UQ)) return false; // as nearly always at once
+    zeros = zeros && !_mm512_cmp_ps_mask(size, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  }
+  return !zeros;
+}
+
+template <class T> bool any_small_row(const Problem &p) {
+  for (int64_t row = 0; row < p.args.m; ++row)
+    if (small_row(p, static_cast<const T *>(p.args.x) + row * p.args.ldx)) return true;
+  return false;
+}
+
+bool has_small_rows(const Problem &p) {
+  if (p.integer()) return false;
+  if (p.args.x_dtype == kFloat32) return any_small_row<float>(p);
+  if (p.args.x_dtype == kBFloat16) return any_small_row<BFloat16>(p);
+  return p.factor && any_small_row<Float16>(p); // fp16 itself has no such numbers
+}
+
 void run_avx512(const Problem &p, int level) {
   const bool sixteen = p.args.x_dtype == kBFloat16 && !p.factor;
   if (run_few(p)) return;
+  if (level >= kAvx512Bf16 && has_small_rows(p)) level = kAvx512;
   if (level >= kAmxBf16 && p.integer() && has_amx_int8()) run_packed<TileUnit<true>>(p, 1);
   else if (level >= kAmxBf16 && (p.integer() || sixteen)) run_packed<TileUnit<false>>(p, 1);
   else if (level >= kAmxBf16)

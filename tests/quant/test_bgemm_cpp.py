@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -178,6 +179,16 @@ def test_special_numbers_in_the_epilogue() -> None:
             assert torch.equal(planes, rows_of(positive[None], BINARY).planes), path
 
 
+def test_silu_of_infinities() -> None:
+    """As torch's: +inf stays, -inf times 0 is NaN; numbers that overflow on the way are infinities."""
+    a, b = rows_of(torch.ones(1, 1, 64), BINARY), rows_of(torch.ones(1, 20, 64), BINARY)
+    scale = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38, 2.0, 1.5, -1.3, -1.4, 1e-39] * 2)
+    right = torch.nn.functional.silu(64 * scale)
+    for path in every_path():
+        y = run("bgemm", *arguments(a, b), None, scale, None, Activation.SILU, torch.float32)
+        torch.testing.assert_close(y[0], right, rtol=1e-6, atol=0, equal_nan=True, msg=str(path))
+
+
 def test_results_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_bgemm, "_STREAMED_BYTES", 0)
     for n in (64, 70, 320):
@@ -219,6 +230,32 @@ def test_what_the_kernel_does_not_take_runs_on_the_reference() -> None:
     assert torch.equal(torch.ops.fastloss.bgemm(*args), product(a, a).double().float())
     wide = random_rows(3, 10, KINDS["binary"])._replace(kind=KINDS["binary"]._replace(weights=(300,)))
     assert "127" in str(cpp_bgemm.why_not_product(*arguments(wide, wide)))
+
+
+def test_sums_beyond_int32_are_an_error_in_int32() -> None:
+    rows = rows_of(torch.ones(1, 1, 140_000), BINARY)
+    large = (*arguments(rows, rows)[:5], [127], 0, [127], 0)  # 140 000 times 127 squared
+    with pytest.raises(ValueError, match="int32"):
+        torch.ops.fastloss.bgemm(*large, *PLAIN, torch.int32)
+    with pytest.raises(ValueError, match="int32"):
+        torch.ops.fastloss.hamming_topk(*large, None, 1)
+    assert torch.ops.fastloss.bgemm(*large, *PLAIN, torch.float32).item() == torch.tensor(140_000 * 127**2).float()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_errors_of_every_backend(backend: str) -> None:
+    a, b = random_rows(3, 100, BINARY), random_rows(4, 100, BINARY)
+    args = arguments(a, b)
+    with fastloss.use_backend(backend):
+        for epilogue, dtype in (((torch.ones(3), None, None, 0), torch.int32), ((None, None, None, 9), torch.float32)):
+            with pytest.raises(ValueError, match="dtype int32 is the sum|activation must be"):
+                torch.ops.fastloss.bgemm(*args, *epilogue, dtype)
+    with fastloss.use_backend("reference"):
+        for wrong in ((*args[:4], 600, *args[5:]), (*args[:5], [2, 3], *args[6:]), (*args[:5], [], *args[6:])):
+            with pytest.raises(ValueError, match="planes of"):
+                torch.ops.fastloss.bgemm(*wrong, *PLAIN, torch.float32)
+        with pytest.raises(TypeError, match="int32 and floating"):
+            torch.ops.fastloss.bgemm(*args, *PLAIN, torch.int64)
 
 
 def test_errors() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloss.quant import binary_linear, surrogates
+from fastloss.quant import binarize, binary_linear, surrogates
 from tolerance import check_close
 
 M, N, K = 9, 13, 70
@@ -244,3 +244,14 @@ def test_refusals() -> None:
     ):
         with pytest.raises(error):
             call()
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "approx", "identity", "biper"])
+def test_empty_batches_have_gradients(surrogate: str) -> None:
+    x, shift = torch.randn(0, 70, requires_grad=True), torch.zeros(70, requires_grad=True)
+    weight, scale = torch.randn(5, 70, requires_grad=True), torch.ones(5, requires_grad=True)
+    y = binary_linear(x, weight, input_surrogate=surrogate, input_shift=shift, scale=scale)
+    signs = binarize(x, surrogate, shift=shift, scale=scale[:1], save="auto", dim=1)
+    (y.sum() + signs.sum()).backward()
+    assert x.grad.shape == x.shape
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in (shift, weight, scale))

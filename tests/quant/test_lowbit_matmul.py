@@ -191,6 +191,35 @@ def test_long_sums(isa: int) -> None:
     assert (ours - right).norm() <= 1.1 * (x @ w.float().T - right).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_rows_keep_their_digits(isa: int, dtype: torch.dtype) -> None:
+    """Also where a unit that multiplies bf16 would take them, or their lower parts, as 0."""
+    planes = planes_of(34, 600, 2)
+    w = numbers(planes, 600, "codes2")
+    for power in (-98, -105, -112, -120, -127):
+        x = torch.randn(40, 600)
+        x[::3] *= 2.0**power
+        x[7] = 0
+        x = x.to(dtype)
+        right = x.double() @ w.T
+        error = (run_at(isa, x, planes, 600, *KINDS["codes2"]) - right).norm(dim=1)
+        assert (error <= 5e-7 * right.norm(dim=1)).all(), power
+        tiny = torch.full((40, 34), 2.0**-60).to(dtype)  # by a scale that makes the rows as small
+        scale = torch.full((34, 1), 2.0 ** (power + 60))
+        right = tiny.double() @ (w * scale.double())
+        error = run_at(isa, tiny, planes, 600, *KINDS["codes2"], scale, 0, True) - right
+        assert error.norm() <= 5e-7 * right.norm(), power
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bias_and_scale_of_16_bits(dtype: torch.dtype) -> None:
+    """As a layer has them after `.half()`: the kernel takes them."""
+    planes, x = planes_of(30, 200, 2), torch.randn(20, 200).to(dtype)
+    scale, bias = torch.rand(30, 1).to(dtype), torch.randn(30).to(dtype)
+    wide = run_at(-1, x, planes, 200, *KINDS["codes2"], scale.float(), bias=bias.float())
+    assert torch.equal(run_at(-1, x, planes, 200, *KINDS["codes2"], scale, bias=bias), wide)
+
+
 @pytest.mark.parametrize("rows", [2, 40])
 def test_infinities_and_nan(isa: int, rows: int) -> None:
     """Row by row they come out as in torch's own product."""

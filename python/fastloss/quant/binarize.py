@@ -71,7 +71,8 @@ def _composed(
 
 
 def _given(t: Tensor) -> Tensor | None:
-    return t if t.numel() else None
+    """What was not asked for has one dimension; what was has two, perhaps without rows."""
+    return t if t.dim() == 2 else None
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:

@@ -12,6 +12,7 @@ from .. import backend_cpp, kept_memory
 from ..compiled import _C, MISSING, pointer
 from ..registry import kernel
 from .contract import row_bytes
+from .reference_bits import check_epilogue
 
 #: What multiplies (csrc/cpu/bit_products.h): -1 the fastest for the shape, else 0 ones of words, 1 the same with
 #: AVX512-VPOPCNTDQ, 2 int8 with AVX512-VNNI, 3 int8 with AMX (tests).
@@ -83,6 +84,8 @@ def _run(
     b_weights: Sequence[int], b_offset: int, row_scale: Tensor | None, column_scale: Tensor | None,
     bias: Tensor | None, activation: int, output: int, y: Tensor, popcounts: Tensor | None,
 ) -> None:  # fmt: skip
+    dtype = torch.int32 if output == _OUTPUTS[torch.int32] else torch.float32
+    check_epilogue(row_scale, column_scale, bias, activation, dtype)
     left, _kept_left = _planes("a", a, a_popcounts, columns, a_weights, a_offset)
     right, _kept_right = _planes("b", b, b_popcounts, columns, b_weights, b_offset)
     m, n = a.shape[1], b.shape[1]

@@ -26,8 +26,8 @@ def _why_not(
         return backend_cpp._missing(x)
     if x.dtype not in _X_DTYPES or dtype not in DTYPES:
         return f"takes float32, float16, bfloat16 or int8 rows and makes a floating result, got {x.dtype} and {dtype}"
-    if any(t is not None and t.dtype != torch.float32 for t in (scale, x_scale, bias)):
-        return "takes float32 scales and bias"
+    if any(t is not None and t.dtype not in DTYPES for t in (scale, x_scale, bias)):
+        return "takes float32, float16 and bfloat16 scales and bias"
     if not 1 <= len(weights) <= 4:
         return f"takes 1 to 4 planes, got {len(weights)}"
     low, high = (offset + sum(w for w in weights if (w < 0) == negative) for negative in (True, False))
@@ -79,7 +79,7 @@ def lowbit_matmul(
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     x = x if x.stride(1) == 1 or length == 1 else x.contiguous()
     planes = planes.contiguous()
-    scale, x_scale, bias = (None if t is None else t.contiguous() for t in (scale, x_scale, bias))
+    scale, x_scale, bias = (None if t is None else t.float().contiguous() for t in (scale, x_scale, bias))
     _C.lowbit_matmul_cpu(  # type: ignore[union-attr]
         x=pointer(x), planes=pointer(planes), scale=pointer(scale), x_scale=pointer(x_scale), bias=pointer(bias),
         y=pointer(y), m=x.shape[0], ldx=x.stride(0), rows=rows, columns=columns, weights=list(weights), offset=offset,

@@ -129,6 +129,8 @@ def lowbit_linear(x: Tensor, weight: BitTensor, bias: Tensor | None = None, *, a
     unless `weight.scale` is trained: ds_rg = sum over m of dy_mr (x_g value_g^T)_mr. Raises TypeError and ValueError.
     """
     check_bits("weight", weight)
+    if weight.planes.dim() != 3:
+        raise ValueError(f"weight must be [R, K], got {list(weight.shape)}")
     check_linear(x, weight.columns, weight.rows, bias)
     quantize = check_act_quant(act_quant)
     x = x.to(autocast_dtype(x))

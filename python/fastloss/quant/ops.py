@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _define
-from .contract import Grad, Save, row_bytes
+from .contract import Grad, HashGrad, Save, row_bytes
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -134,4 +134,26 @@ _define(
     lambda x, keys: x.new_empty(x.shape[0], dtype=torch.int64),
 )
 
-from . import cpp, cuda, reference_bits, reference_groups, reference_quant, triton  # noqa: E402,F401  (they register their kernels)
+_define(
+    "hash_attention(Tensor q, Tensor k, Tensor v, bool own, bool causal) -> (Tensor, Tensor)",
+    lambda q, k, v, *_: (v.new_empty((*q.shape[:2], v.shape[2])), v.new_empty(q.shape[:2], dtype=wide(v))),
+)
+_define(
+    "hash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor d, bool own, bool causal,"
+    " int needs) -> (Tensor, Tensor, Tensor)",
+    lambda grad, q, k, v, out, d, own, causal, needs: (
+        q.new_empty(q.shape if needs & HashGrad.Q else (0,)),
+        k.new_empty(k.shape if needs & HashGrad.K else (0,)),
+        v.new_empty(v.shape if needs & HashGrad.V else (0,)),
+    ),
+)
+
+from . import (  # noqa: E402,F401  (they register their kernels)
+    cpp,
+    cuda,
+    reference_bits,
+    reference_groups,
+    reference_hash,
+    reference_quant,
+    triton,
+)

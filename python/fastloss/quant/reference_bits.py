@@ -38,6 +38,10 @@ def by_group(scale: Tensor, group: int, columns: int) -> Tensor:
 
 def values(planes: Tensor, columns: int, weights: Sequence[int], offset: int) -> Tensor:
     """The integers [R, K] in float64."""
+    if planes.dim() != 3 or planes.shape[0] != len(weights) or planes.shape[2] != row_bytes(columns):
+        raise ValueError(
+            f"planes of {columns} columns must be [{len(weights)}, R, {row_bytes(columns)}], got {list(planes.shape)}"
+        )
     bits = unpack(planes, columns).double()
     factor = torch.tensor(weights, dtype=torch.float64, device=planes.device)
     return offset + (bits * factor[:, None, None]).sum(0)
@@ -76,6 +80,25 @@ def products(
     return values(a, columns, a_weights, a_offset) @ values(b, columns, b_weights, b_offset).T
 
 
+def check_epilogue(
+    row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, activation: int, dtype: torch.dtype
+) -> None:
+    """Raise TypeError or ValueError for what `bgemm` makes on no backend."""
+    if dtype != torch.int32 and not dtype.is_floating_point:
+        raise TypeError(f"bgemm makes int32 and floating numbers, asked for {dtype}")
+    if activation not in tuple(Activation):
+        raise ValueError(f"activation must be 0 to {max(Activation)}, got {activation}")
+    if dtype == torch.int32 and (activation or any(t is not None for t in (row_scale, column_scale, bias))):
+        raise ValueError("dtype int32 is the sum itself: without scales, bias and activation")
+
+
+def in_int32(acc: Tensor) -> Tensor:
+    """Exact integers in int32; ValueError for what it does not hold."""
+    if acc.numel() and (largest := acc.abs().amax().item()) > 2**31 - 1:
+        raise ValueError(f"sums must fit in int32, got one of {largest:.0f}")
+    return acc.to(torch.int32)
+
+
 def _epilogue(
     acc: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, activation: int
 ) -> Tensor:
@@ -99,9 +122,10 @@ def bgemm(
     a_offset: int, b_weights: Sequence[int], b_offset: int, row_scale: Tensor | None, column_scale: Tensor | None,
     bias: Tensor | None, activation: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    check_epilogue(row_scale, column_scale, bias, activation, dtype)
     acc = products(a, b, columns, a_weights, a_offset, b_weights, b_offset)
     if dtype == torch.int32:
-        return acc.to(torch.int32)
+        return in_int32(acc)
     return _epilogue(acc, row_scale, column_scale, bias, activation).to(dtype)
 
 
@@ -121,7 +145,7 @@ def hamming_topk(
     a_offset: int, b_weights: Sequence[int], b_offset: int, b_scale: Tensor | None, count: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc = products(a, b, columns, a_weights, a_offset, b_weights, b_offset)
-    score = acc.int() if b_scale is None else acc.float() * b_scale
+    score = in_int32(acc) if b_scale is None else acc.float() * b_scale
     order = torch.argsort(score, dim=1, descending=True, stable=True)[:, :count].contiguous()
     return score.gather(1, order), order
 

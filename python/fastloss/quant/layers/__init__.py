@@ -8,6 +8,7 @@ from .binary_conv2d import BinaryConv2d, PackedBinaryConv2d
 from .binary_linear import BinaryLinear, PackedBinaryLinear
 from .convert import binarize_model, convert, model_nbytes, pack_model, set_surrogate
 from .elastic_linear import ElasticInputs, ElasticLinear
+from .hash_attention import HashAttention
 from .learned_step import ElasticBinarize, LearnedStep
 from .mimicking import LowRankMimicking
 from .output_scale import OutputScale
@@ -26,6 +27,7 @@ __all__ = [
     "ElasticBinarize",
     "ElasticInputs",
     "ElasticLinear",
+    "HashAttention",
     "LearnedStep",
     "LowRankMimicking",
     "MultiBasisLinear",
