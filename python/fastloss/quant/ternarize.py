@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..autograd import batched, forward_mode_active, functorch_active
 from . import ops, reference_quant
-from .binarize import mean_magnitude, of_parameter
+from .binarize import by_index, mean_magnitude, of_parameter
 from .bit_tensor import BitTensor
 from .bits import pack_ternary
 from .contract import Grad, Pack, Surrogate
@@ -30,8 +30,7 @@ def ternary_scale(x: Tensor, method: str, dim: int | None, center: Tensor | None
     mean = mean_magnitude(x, dim, center)
     if method == "twn":
         threshold = _TWN * mean.detach()
-        wide = x.to(ops.wide(x))
-        flat = wide.reshape(1, -1) if dim is None else wide.movedim(dim, 0).reshape(x.shape[dim], -1)
+        flat = by_index(x.to(ops.wide(x)), dim)
         size = (flat if center is None else flat - center[:, None]).abs()
         large = size > threshold[:, None]
         return torch.where(large, size, 0.0).sum(1) / large.sum(1).clamp(min=1), threshold
@@ -75,9 +74,7 @@ class _Ternarize(torch.autograd.Function):
         return dx, dscale, None, None, None, None
 
 
-def _composed(
-    x: Tensor, scale: Tensor, center: Tensor | None, threshold: Tensor, layout: Layout, clip: bool
-) -> Tensor:
+def _composed(x: Tensor, scale: Tensor, center: Tensor | None, threshold: Tensor, layout: Layout, clip: bool) -> Tensor:
     """The same in PyTorch operations, for torch.func and forward-mode AD."""
     d = x.to(ops.wide(x)) - reference_quant.spread(center, x, *layout, 0.0)
     size, least = (torch.as_tensor(reference_quant.spread(p, x, *layout, 1.0)) for p in (scale, threshold))
@@ -136,7 +133,7 @@ def ternarize(
     middle = None
     if center:
         wide = x.detach().to(ops.wide(x))
-        middle = wide.mean().reshape(1) if dim is None else wide.movedim(dim, 0).flatten(1).mean(1)
+        middle = by_index(wide, dim).mean(1)
     scale, threshold = ternary_scale(x.detach() if detach else x, method, dim, middle)
     layout = layout_of(x, dim)
     if packed:
