@@ -94,6 +94,7 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 void bind_edges(py::module_ &m);     // bindings_edges.cpp
 void bind_bits(py::module_ &m);      // bindings_bits.cpp
 void bind_groups(py::module_ &m);    // bindings_groups.cpp
+void bind_hash(py::module_ &m);      // bindings_hash.cpp
 void bind_lowbit(py::module_ &m);    // bindings_lowbit.cpp
 void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
 void bind_bits_cuda(py::module_ &m); // bindings_bits_cuda.cpp
@@ -351,6 +352,7 @@ PYBIND11_MODULE(_C, m) {
   bind_edges(m);
   bind_bits(m);
   bind_groups(m);
+  bind_hash(m);
   bind_lowbit(m);
   bind_pair_maps(m);
   bind_bits_cuda(m);

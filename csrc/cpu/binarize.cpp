@@ -52,7 +52,7 @@ void binarize_cpu(const Binarize &args, int isa) {
   const Blocks blocks = blocks_of(args.rows, args.columns, args.signs || args.mask);
   const bool stream = streamed(args.y, args.rows * args.columns * bytes_of(args.dtype));
   const float limit = float(surrogate_limit(args.surrogate, args.p0, args.p1));
-  const SlopeOf of = {args.p0, args.p1, ReStePower(args.surrogate == kReste ? args.p0 : 1)};
+  const SlopeOf of = {args.p0, args.p1, args.surrogate == kReste ? ReStePower(args.p0) : ReStePower()};
   blocks.run([&](int64_t task) {
     Laid shift(0.f), scale(1.f);
     Reader x = {loops, args.dtype, std::nanf(""), {}}; // NaN: no bit beyond the end
@@ -95,7 +95,7 @@ public:
       : args_(args), loops_(binarize_loops_for(isa)),
         blocks_(blocks_of(args.rows, args.columns, args.signs || args.mask)),
         stream_(streamed(args.dx, args.rows * args.columns * bytes_of(args.dtype))),
-        of_{args.p0, args.p1, ReStePower(args.surrogate == kReste ? args.p0 : 1)} {
+        of_{args.p0, args.p1, args.surrogate == kReste ? ReStePower(args.p0) : ReStePower()} {
     if (!args.codes) return;
     const double limit = surrogate_limit(args.surrogate, args.p0, args.p1);
     for (int code = 0; code < 255; ++code) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace fastloss {
 
@@ -61,24 +62,28 @@ struct ReStePower {
   static constexpr int kDegree = 10;
   static constexpr float kStretch = 2.82842712f, kMiddle = 3.f; // 2 / (sqrt(2) - sqrt(1/2)), and that times the middle
   float coefficients[kDegree + 1] = {};
-  float power, rest; // the exponent's power, in two parts
+  float power = 0, rest = 0; // the exponent's power, in two parts
 
+  ReStePower() = default;
   explicit ReStePower(double order) {
     const double exponent = (1 - order) / order;
     power = float(exponent), rest = float(exponent - power);
     constexpr int kNodes = kDegree + 1;
-    double before[kNodes] = {1}, now[kNodes] = {0, 1}, sums[kNodes] = {}; // Chebyshev polynomials as powers of x
-    for (int i = 0; i < kNodes; ++i) {
-      double share = 0;
-      for (int j = 0; j < kNodes; ++j) {
-        const double angle = kPi * (j + 0.5) / kNodes, fraction = (std::cos(angle) + kMiddle) / kStretch;
-        share += std::pow(fraction, exponent) / order * std::cos(i * angle);
+    double shares[kNodes] = {}; // of each Chebyshev polynomial, whose values at a node are made by their recurrence
+    for (int j = 0; j < kNodes; ++j) {
+      const double node = std::cos(kPi * (j + 0.5) / kNodes);
+      const double value = std::pow((node + kMiddle) / kStretch, exponent) / order;
+      double last = node, polynomial = 1;
+      for (int i = 0; i < kNodes; ++i) {
+        shares[i] += value * polynomial * (i == 0 ? 1 : 2) / kNodes;
+        last = std::exchange(polynomial, 2 * node * polynomial - last);
       }
-      share *= (i == 0 ? 1.0 : 2.0) / kNodes;
-      for (int k = 0; k <= i; ++k) sums[k] += share * before[k];
-      double next[kNodes] = {};
-      for (int k = 0; k + 1 < kNodes; ++k) next[k + 1] = 2 * now[k];
-      for (int k = 0; k < kNodes; ++k) next[k] -= before[k], before[k] = now[k], now[k] = next[k];
+    }
+    double before[kNodes] = {}, now[kNodes] = {1}, sums[kNodes] = {}; // the polynomials as powers of x
+    for (int i = 0; i < kNodes; ++i) {
+      for (int k = 0; k <= i; ++k) sums[k] += shares[i] * now[k];
+      for (int k = kNodes - 1; k >= 0; --k)
+        before[k] = std::exchange(now[k], (i == 0 ? 1 : 2) * (k ? now[k - 1] : 0) - before[k]);
     }
     for (int i = 0; i < kNodes; ++i) coefficients[i] = float(sums[i]);
   }

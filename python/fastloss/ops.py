@@ -18,10 +18,19 @@ from .contract import NUM_STATS, Needs, TermStat, Want
 _library = torch.library.Library("fastloss", "DEF")
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> None:
+def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None] | None = None) -> None:
+    """`check` raises where the arguments are not what the kernels read by; it gets all of them, defaults included."""
     name = schema[: schema.index("(")]
+
+    def checked(*args: Any) -> Any:
+        args = registry.complete(name, args)
+        assert check is not None
+        check(*args)
+        return registry.run(name, *args)
+
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, lambda *args: registry.run(name, *args), "CompositeExplicitAutograd")
+    run = checked if check is not None else lambda *args: registry.run(name, *args)
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastloss::{name}", fake, lib=_library)
     arguments = getattr(torch.ops.fastloss, name).default._schema.arguments
     registry.declare(name, tuple(a.default_value if a.has_default_value() else None for a in arguments))

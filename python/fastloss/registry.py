@@ -59,7 +59,8 @@ def declare(op: str, defaults: tuple[Any, ...]) -> None:
     _defaults[op] = defaults
 
 
-def _complete(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def complete(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with the defaults behind them."""
     return args + _defaults.get(op, ())[len(args) :]
 
 
@@ -83,7 +84,7 @@ def choose(op: str, *args: Any) -> str:
 
     Raises BackendError when the backend that was named cannot take these arguments.
     """
-    return _find(op, _complete(op, args))[0]
+    return _find(op, complete(op, args))[0]
 
 
 def able(op: str, *args: Any) -> bool:
@@ -97,7 +98,7 @@ def able(op: str, *args: Any) -> bool:
 
 def run(op: str, *args: Any) -> Any:
     """Run `op` on the first backend that takes `args`."""
-    args = _complete(op, args)
+    args = complete(op, args)
     return _find(op, args)[1].function(*args)
 
 
@@ -119,7 +120,7 @@ def explain(op: str, *args: Any) -> str:
         raise ValueError(f"unknown op {op!r}: one of {', '.join(sorted(_kernels))}")
     if not args or not isinstance(args[0], Tensor):
         raise TypeError(f"explain({op!r}, ...) needs the op's arguments, a tensor first; got {args!r}")
-    args = _complete(op, args)
+    args = complete(op, args)
     try:
         chosen = choose(op, *args)
     except BackendError:

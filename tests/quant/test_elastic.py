@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastloss.quant import ElasticQuantizer, absmax_scale, fake_quant, lsq_scale, minmax_scale, searched_scale
 
@@ -31,24 +30,23 @@ def test_first_steps() -> None:
     assert lsq_scale(x.bfloat16(), 4).dtype == torch.float32 and lsq_scale(x.double(), 4).dtype == torch.float64
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_search_finds_the_best_of_its_ranges(signed: bool) -> None:
-    x = torch.randn(3, 200) ** 3
-    scale, offset = searched_scale(x, 3, signed, dim=0, steps=20)
-
-    def loss(s: Tensor, o: Tensor) -> Tensor:
-        y = fake_quant(x, s, bits=3, signed=signed, offset=o, dim=0)
-        return (y - x).abs().pow(2.4).mean(1)
-
-    best = loss(scale, offset)
-    for i in range(1, 21):
-        part = i / 20
-        if signed:
-            other = part * x.abs().amax(1) / 3, torch.zeros(3)
-        else:
-            other = part * (x.amax(1) - x.amin(1)) / 7, part * x.amin(1)
-        assert (best <= loss(*other) * (1 + 1e-5)).all()
-    assert (best < 0.9 * loss(*(t for t in (other[0], other[1])))).any()
+@pytest.mark.parametrize(("signed", "dim"), [(True, None), (False, None), (True, 1), (False, 1)])
+@pytest.mark.parametrize(("candidates", "shrink", "power"), [(80, 0.01, 2.4), (7, 0.1, 0.5)])
+def test_the_search_finds_the_best_of_its_ranges(
+    signed: bool, dim: int | None, candidates: int, shrink: float, power: float
+) -> None:
+    x = torch.randn(7, 3, dtype=torch.float64) ** 3
+    scale, offset = searched_scale(x, 3, signed, dim, power=power, candidates=candidates, shrink=shrink)
+    for r, row in enumerate([x.flatten()] if dim is None else list(x.T)):
+        costs = []
+        for i in range(candidates):
+            left = 1 - i * shrink
+            s = left * (row.abs().max() / 3 if signed else (row.max() - row.min()) / 7)
+            beta = 0.0 if signed else left * row.min()
+            again = ((row - beta) / s).clamp(-4 if signed else 0, 3 if signed else 7).round() * s + beta
+            costs.append((float((row - again).abs().pow(power).sum()), float(s), float(beta)))
+        best = min(costs)
+        assert abs(best[1] - float(scale[r])) < 1e-9 and abs(best[2] - float(offset[r])) < 1e-9
 
 
 def test_every_setting_has_its_own_parameters() -> None:
@@ -104,5 +102,8 @@ def test_errors() -> None:
         lsq_scale(torch.ones(3, dtype=torch.int64), 4)
     with pytest.raises(ValueError, match="mode must be"):
         absmax_scale(x, 4, "affine")
-    with pytest.raises(ValueError, match="steps"):
-        searched_scale(x, 4, steps=0)
+    for wrong, words in (({"candidates": 0}, "leave a range"), ({"candidates": 11, "shrink": 0.1}, "leave a range"),
+                         ({"power": 0}, "power must be > 0"), ({"dim": 2}, "dim must be")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            searched_scale(x, 4, **wrong)  # type: ignore[arg-type]
+    assert searched_scale(torch.zeros(4), 4)[0] > 0 and not searched_scale(torch.zeros(4), 4, False)[1].any()

@@ -298,3 +298,14 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match="scale must be"):
         fake_quant(x, None)  # type: ignore[arg-type]
     assert "float64" in fastloss.explain("fake_quant", x.double(), scale, None, None, 1, 1, *LEVELS["signed"])
+
+
+@pytest.mark.parametrize(("groups", "inner"), [(1, 1), (3, 64), (96, 1)])
+def test_a_scale_without_a_reciprocal_leaves_its_gradient_finite(isa: int, groups: int, inner: int) -> None:
+    x, g = torch.rand(32, 96) + 1.0, torch.randn(32, 96)
+    x = torch.where(torch.rand(32, 96) < 0.5, -x, x)
+    quantizer = (torch.full((groups,), 1e-40), None, None, groups, inner, -8.0, 7.0, 1.0, 0.0, False)
+    found = torch.ops.fastloss.fake_quant_backward(g, x, *quantizer, int(Grad.SCALE))[1]
+    terms = g.double() * torch.where(x > 0, 7.0, -8.0)
+    wanted = terms.sum().reshape(1) if groups == 1 else terms.reshape(-1, groups, inner).sum((0, 2))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)

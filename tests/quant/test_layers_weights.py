@@ -17,8 +17,8 @@ from fastloss.quant.layers import (
     ReCU,
     basis_scales,
     multi_basis,
-    recu_share,
 )
+from fastloss.quant.recipes import recu_tau
 from surrogate_functions import saved_bytes, signed
 
 DOUBLE = {"dtype": torch.float64}
@@ -40,8 +40,8 @@ def test_recu(tau: float, shape: tuple[int, ...]) -> None:
         assert torch.allclose(a, b, atol=1e-10) and a.abs().sum() > 0
 
 
-def test_recu_share() -> None:
-    shares = [recu_share(p / 10) for p in range(11)]
+def test_recu_tau() -> None:
+    shares = [recu_tau(p / 10) for p in range(11)]
     assert shares == sorted(shares) and shares[0] == pytest.approx(0.85) and shares[-1] == pytest.approx(0.99)
     slope = 0.14 / (math.e - 1)
     assert shares[5] == pytest.approx(slope * math.exp(0.5) + 0.85 - slope)
@@ -218,7 +218,7 @@ def test_low_rank_mimicking() -> None:
 def test_refusals() -> None:
     x = torch.randn(3, 4)
     for make, message in (
-        (lambda: ReCU(1.0), "tau must be"), (lambda: recu_share(2.0), "progress must be"),
+        (lambda: ReCU(1.0), "tau must be"), (lambda: recu_tau(2.0), "progress must be"),
         (lambda: ReCU()(x[0]), "weight must be"),
         (lambda: multi_basis(x, torch.ones(2, 4)), "scales"), (lambda: basis_scales(x, 0), "bases must be"),
         (lambda: MultiBasisLinear(3, 2, bases=0), "bases must be"),

@@ -13,80 +13,44 @@ from fastloss.quant.recipes import (
     ElasticSetting,
     guidance_losses,
     sample_setting,
-    search_step,
     weight_distribution_loss,
 )
 
-SETTINGS = [ElasticSetting(*c) for c in itertools.product((2, 5, 8), (True, False), (True, False))]
+SETTINGS = [ElasticSetting(*c) for c in itertools.product((2, 5, 8), (True, False), ("tensor", "row"))]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_quantizer_is_the_formula(setting: ElasticSetting) -> None:
-    module, x = ElasticQuantizer(6, dim=0).double(), torch.randn(6, 5, 4, dtype=torch.float64, requires_grad=True)
-    module.start(x)
-    name = next(n for n in module.steps if n.startswith(str(setting.bits)) and n[1] == "as"[setting.symmetric])
-    name = name[:2] + ("c" if setting.per_channel else "t")
+    x = torch.randn(6, 5, 4, dtype=torch.float64, requires_grad=True)
+    module = ElasticQuantizer(x, search=True)
+    scale, offset = module.parameters_of(*setting)
     with torch.no_grad():
-        module.steps[name].mul_(-1.3)  # |step| is what counts; some numbers fall outside
-    low, high = -(2.0 ** (setting.bits - 1)), 2.0 ** (setting.bits - 1) - 1
-    s = module.steps[name].detach().abs().reshape(-1, 1, 1)
-    beta = torch.zeros(1, 1, 1) if setting.symmetric else module.offsets[name].detach().reshape(-1, 1, 1)
+        scale.mul_(-1.3)  # |step| is what counts
+        if setting.symmetric:
+            scale.mul_(0.5)  # some numbers fall outside
+    span = 2.0**setting.bits
+    low, high = (-span / 2, span / 2 - 1) if setting.symmetric else (0.0, span - 1)
+    s = scale.detach().abs().reshape(-1, 1, 1)
+    beta = torch.zeros(1, 1, 1) if offset is None else offset.detach().reshape(-1, 1, 1)
     v = (x.detach() - beta) / s
-    expected = v.clamp(low, high).round() * s + beta
     weight = torch.randn(6, 5, 4, dtype=torch.float64)
-    y = module(x, setting)
-    assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
+    y = module(x, *setting)
+    assert torch.allclose(y, v.clamp(low, high).round() * s + beta, rtol=1e-12, atol=1e-12)
     (y * weight).sum().backward()
     inside = (v >= low) & (v <= high)
     assert x.grad is not None and torch.allclose(x.grad, weight * inside)
-    group = 20 if setting.per_channel else 120
+    rows = setting.granularity == "row"
     ds = (weight * torch.where(inside, v.round() - v, v.clamp(low, high))).reshape(6, -1).sum(1)
-    ds = ds if setting.per_channel else ds.sum().reshape(1)
-    grad = module.steps[name].grad
-    assert grad is not None and torch.allclose(grad, -ds / (group * high) ** 0.5, rtol=1e-10, atol=1e-10)
-    assert all(p.grad is None for n, p in module.steps.items() if n != name)
-
-
-def test_parameters_of_each_setting() -> None:
-    module = ElasticQuantizer(4)
-    assert len(module.steps) == 7 * 4 and len(module.offsets) == 7 * 2
-
-
-@pytest.mark.parametrize(("symmetric", "dim"), [(True, None), (False, None), (True, 1), (False, 1)])
-def test_search_step_is_the_best_of_its_candidates(symmetric: bool, dim: int | None) -> None:
-    x = torch.randn(7, 3, dtype=torch.float64) ** 3
-    scale, offset = search_step(x, 3, symmetric=symmetric, dim=dim)
-    rows = [x.flatten()] if dim is None else list(x.T)
-    for r, row in enumerate(rows):
-        costs = []
-        for i in range(80):
-            left = 1 - i * 0.01
-            s = left * (row.abs().max() / 3 if symmetric else (row.max() - row.min()) / 7)
-            beta = 0.0 if symmetric else left * row.min() + 4 * s
-            again = ((row - beta) / s).clamp(-4, 3).round() * s + beta
-            costs.append((float((row - again).abs().pow(2.4).sum()), float(s), float(beta)))
-        best = min(costs, key=lambda c: c[0])
-        assert abs(best[1] - float(scale[r])) < 1e-9 and abs(best[2] - float(offset[r])) < 1e-9
-
-
-def test_search_step_of_zeros_and_errors() -> None:
-    assert search_step(torch.zeros(4), 4)[0].tolist() == [1.0]
-    with pytest.raises(ValueError, match="leave a range"):
-        search_step(torch.ones(3), 4, candidates=11, shrink=0.1)
-    with pytest.raises(ValueError, match=r"dim must be in \[-1, 1\), got 1"):
-        search_step(torch.ones(3), 4, dim=1)
-    with pytest.raises(ValueError, match="hold a number"):
-        search_step(torch.ones(0), 4)
-    with pytest.raises(TypeError, match="floating"):
-        search_step(torch.arange(3), 4)
-    with pytest.raises(ValueError, match="power must be > 0"):
-        search_step(torch.ones(3), 4, power=0)
+    ds = ds if rows else ds.sum().reshape(1)
+    assert scale.grad is not None
+    assert torch.allclose(scale.grad, -ds / ((20 if rows else 120) * high) ** 0.5, rtol=1e-10, atol=1e-10)
+    assert all(p.grad is None for p in module.parameters() if p is not scale and p is not offset)
 
 
 def test_sampling_covers_what_is_listed() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = {sample_setting((2, 4), per_channel=(True,), generator=generator) for _ in range(100)}
-    assert drawn == {ElasticSetting(b, s, True) for b in (2, 4) for s in (True, False)}
+    drawn = {sample_setting((2, 4), granularity=("row",), generator=generator) for _ in range(100)}
+    assert drawn == {ElasticSetting(b, s, "row") for b in (2, 4) for s in (True, False)}
     with pytest.raises(ValueError, match="list a choice"):
         sample_setting(())
 
@@ -128,14 +92,5 @@ def test_guidance_losses_and_gradients() -> None:
 
 
 def test_errors() -> None:
-    module = ElasticQuantizer(4, dim=1, bits=(2, 4))
-    with pytest.raises(ValueError, match=r"bits must be one of \(2, 4\), got 3"):
-        module(torch.randn(2, 4), ElasticSetting(3))
-    with pytest.raises(ValueError, match="4 channels in dimension 1"):
-        module(torch.randn(4, 3), ElasticSetting(4))
-    with pytest.raises(ValueError, match="each once"):
-        ElasticQuantizer(4, bits=(2, 2))
-    with pytest.raises(ValueError, match="channels must be an integer >= 1"):
-        ElasticQuantizer(0)
     with pytest.raises(ValueError, match="three times"):
         guidance_losses(torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 4), torch.tensor([0, 1]))

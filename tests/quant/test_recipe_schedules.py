@@ -77,7 +77,7 @@ def test_recu() -> None:
     weight = torch.randn(4, 3, 5, dtype=torch.float64)
     grads = [torch.autograd.grad((y * weight).sum(), w)[0] for y in (ours, expected)]
     assert torch.allclose(*grads, rtol=1e-10, atol=1e-10)
-    with pytest.raises(ValueError, match=r"tau must be in \(0\.5, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"tau must be in \[0\.5, 1\), got 1"):
         recu_weight(w, 1.0)
     with pytest.raises(ValueError, match="two numbers a row"):
         recu_weight(torch.randn(4, 1), 0.9)
@@ -91,6 +91,8 @@ def test_dynamic_sign() -> None:
         dynamic_sign(v, torch.tensor([0.01, -0.01])), torch.stack((dynamic_sign(v, 0.01)[0], dynamic_sign(v, 0.0)[1]))
     )
     assert dynamic_sign(torch.tensor([torch.nan, 1.0]), 0.1).tolist() == [-1, 1]
+    assert dynamic_sign(torch.tensor([0.5, 2.0]), 1.0, limit=1.0).tolist() == [-1, 1]
+    assert dynamic_sign(torch.tensor([0.5, 2.0]), 1.0).tolist() == [1, 1]  # the threshold is no more than 0.01
     even = torch.tensor([0.001, 1.0, 1.0, -1.0, -1.0, -1.0])
     assert dynamic_sign(even, 0.01).tolist() == [1, 1, 1, -1, -1, -1]  # three of six: not more than half
     with pytest.raises(ValueError, match=r"\[2\], got \[3\]"):

@@ -16,6 +16,9 @@ from .elastic import ElasticQuantizer
 from .elastic_binarize import elastic_binarize, elastic_scale
 from .fake_quant import fake_quant
 from .hamming_topk import hamming_topk
+from .hash_attention import hash_attention
+from .kernel_hash import kernel_hash
+from .learn_hash import learn_hash
 from .lowbit_linear import lowbit_linear
 from .nearest_key import nearest_key
 from .saved_activation import ActivationCodec, EncodedActivation, saved_activation
@@ -42,8 +45,11 @@ __all__ = [
     "fake_quant",
     "gelu",
     "hamming_topk",
+    "hash_attention",
+    "kernel_hash",
     "layer_norm",
     "layers",
+    "learn_hash",
     "lowbit_linear",
     "lsq_scale",
     "minmax_scale",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import registry
 from ..autograd import batched, forward_mode_active, functorch_active
+from ..fused import direct
 from . import ops, reference_quant
 from .bit_tensor import BitTensor
 from .bits import pack_bits
@@ -17,10 +20,13 @@ from .surrogates import SurrogateFunction, surrogate_of
 
 _ops = torch.ops.fastloss
 SAVES = ("auto", "exact", "mask", "u8")
+# As plain integers: an enum's & and | take microseconds, as long as a small kernel.
+_DENSE, _SIGNS, _MASK, _CODES = (int(save) for save in (Save.DENSE, Save.SIGNS, Save.MASK, Save.CODES))
+_X, _SCALE, _SHIFT = (int(grad) for grad in (Grad.X, Grad.SCALE, Grad.SHIFT))
 
 
 def _saved(save: str, surrogate: SurrogateFunction) -> int:
-    """The flag of what the slopes are made of again in the backward; NOTHING: x itself, or nothing for the identity."""
+    """The flag of what the slopes are made of again in the backward; 0: x itself, or nothing for the identity."""
     if save not in SAVES:
         raise ValueError(f"save must be one of {', '.join(SAVES)}, got {save!r}")
     kind = surrogate.kind
@@ -29,22 +35,26 @@ def _saved(save: str, surrogate: SurrogateFunction) -> int:
     if save == "u8" and kind == Surrogate.BIPER:
         raise ValueError("save='u8' needs a slope that is 0 beyond some |u|; biper's is not")
     if kind == Surrogate.IDENTITY or save == "exact":
-        return Save.NOTHING
+        return 0
     if save == "u8":
-        return Save.CODES
-    return Save.MASK if save == "mask" or kind == Surrogate.CLIP else Save.NOTHING
+        return _CODES
+    return _MASK if save == "mask" or kind == Surrogate.CLIP else 0
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _kept(slopes: int, surrogate: SurrogateFunction, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> int:
     """`slopes`, and the signs where the scale's gradient wants them and x is not kept; nothing without a gradient."""
     if functorch_active():  # which does not say what requires a gradient
         learned = scale is not None
-    elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, shift, scale)):
-        return Save.NOTHING
+    elif not _differentiable(x, shift, scale):
+        return 0
     else:
         learned = scale is not None and scale.requires_grad
-    exact = slopes == Save.NOTHING and surrogate.kind != Surrogate.IDENTITY
-    return slopes | Save.SIGNS if learned and not exact else slopes
+    exact = not slopes and surrogate.kind != Surrogate.IDENTITY
+    return slopes | _SIGNS if learned and not exact else slopes
 
 
 def _composed(
@@ -60,47 +70,54 @@ def _composed(
     return (sign * size + size.detach() * reference_quant.slope(at, kind, p0, p1).nan_to_num(0.0) * moved).to(x.dtype)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _given(t: Tensor) -> Tensor | None:
+    """What was not asked for has one dimension; what was has two, perhaps without rows."""
+    return t if t.dim() == 2 else None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
     x, shift, scale, layout, surrogate, kept = inputs
-    _, signs, mask, codes = output
-    ctx.mark_non_differentiable(signs, mask, codes)
-    exact = not kept & (Save.MASK | Save.CODES) and surrogate.kind != Surrogate.IDENTITY
-    ctx.save_for_backward(x if exact else None, shift, scale, signs, mask, codes)
-    ctx.layout, ctx.surrogate, ctx.kept, ctx.shape = layout, surrogate, kept, x.shape
+    exact = not kept & (_MASK | _CODES) and surrogate.kind != Surrogate.IDENTITY
+    ctx.save_for_backward(x if exact else None, shift, scale, *(_given(t) for t in saved))
+    ctx.layout, ctx.surrogate, ctx.shape = layout, surrogate, x.shape
 
 
 def _forward(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, layout: Layout, surrogate: SurrogateFunction, kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, signs, _, mask, codes = _ops.binarize.default(
-        rows_of(x), shift, scale, *layout, *_numbers(surrogate), int(Save.DENSE | kept)
+    """(y, signs, mask, codes)."""
+    y, signs, _, mask, codes = _op("binarize", x, shift, scale)(
+        rows_of(x), shift, scale, *layout, *_numbers(surrogate), _DENSE | kept
     )
-    return y.reshape(x.shape), signs, mask, codes
+    return y if y.shape == x.shape else y.reshape(x.shape), signs, mask, codes
+
+
+def _op(name: str, *tensors: Tensor | None) -> Any:
+    """The op; of plain tensors straight its kernel, since the dispatcher would cost more than a small one."""
+    if direct(*tensors) and not functorch_active():
+        return functools.partial(registry.run, name)
+    return getattr(_ops, name).default
 
 
 def _numbers(surrogate: SurrogateFunction) -> tuple[int, float, float]:
     return int(surrogate.kind), surrogate.p0, surrogate.p1
 
 
-def _given(t: Tensor) -> Tensor | None:
-    """What was not asked for has one dimension; what was has two, perhaps without rows."""
-    return t if t.dim() == 2 else None
-
-
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, shift, scale, signs, mask, codes = ctx.saved_tensors
-    order = zip((Grad.X, Grad.SHIFT, Grad.SCALE), ctx.needs_input_grad, strict=False)
-    needs = int(sum(flag for flag, needed in order if needed))
-    again = torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(grad))
-    run = reference_quant.binarize_backward if again else _ops.binarize_backward.default
+    needs = sum(flag for flag, needed in zip((_X, _SHIFT, _SCALE), ctx.needs_input_grad, strict=False) if needed)
+    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and batched(grad)):
+        run = reference_quant.binarize_backward
+    else:
+        run = _op("binarize_backward", grad, shift, scale)
     dx, dscale, dshift = run(
-        rows_of(grad), None if x is None else rows_of(x), _given(signs), _given(mask), _given(codes), shift, scale,
+        rows_of(grad), None if x is None else rows_of(x), signs, mask, codes, shift, scale,
         *ctx.layout, *_numbers(ctx.surrogate), needs,
     )  # fmt: skip
     return (
-        dx.reshape(ctx.shape) if needs & Grad.X else None,
-        of_parameter(dshift, shift) if needs & Grad.SHIFT else None,
-        of_parameter(dscale, scale) if needs & Grad.SCALE else None,
+        (dx if dx.shape == ctx.shape else dx.reshape(ctx.shape)) if needs & _X else None,
+        of_parameter(dshift, shift) if needs & _SHIFT else None,
+        of_parameter(dscale, scale) if needs & _SCALE else None,
         None, None, None,
     )  # fmt: skip
 
@@ -112,10 +129,10 @@ def of_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 class _Binarize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, *saved = _forward(*inputs)
+        _keep(ctx, inputs, tuple(saved))
+        return y
 
     backward = staticmethod(_backward)
 
@@ -127,17 +144,25 @@ class _BinarizeFunctorch(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return _forward(*inputs)
 
-    setup_context = staticmethod(_setup)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _keep(ctx, inputs, output[1:])
+
     backward = staticmethod(_backward)
+
+
+def along_rows(x: Tensor, dim: int | None) -> Tensor:
+    """x with a row for each index of `dim`, or one row; float32, float64 for float64."""
+    wide = x.to(ops.wide(x))
+    if dim is None:
+        return wide.reshape(1, -1)
+    return wide.movedim(dim, 0).flatten(1) if x.dim() > 1 else wide.reshape(-1, 1)
 
 
 def mean_magnitude(x: Tensor, dim: int | None, center: Tensor | None = None) -> Tensor:
     """mean |x - center| of each index of `dim` [groups], or of all of x [1]; float32, float64 for float64."""
-    wide = x.to(ops.wide(x))
-    if dim is None:
-        flat = wide.reshape(1, -1)
-    else:
-        flat = wide.movedim(dim, 0).flatten(1) if x.dim() > 1 else wide.reshape(-1, 1)
+    flat = along_rows(x, dim)
     if center is not None:
         flat = flat - center[:, None]
     return torch.linalg.vector_norm(flat, 1, 1) / max(1, flat.shape[1])
@@ -149,14 +174,16 @@ def _statistics(
     """(scale, shift, dim of both)."""
     if isinstance(scale, str) and scale not in ("mean", "row"):
         raise ValueError(f'scale must be None, "mean", "row" or a tensor, got {scale!r}')
+    for name, p in (("scale", scale), ("shift", shift)):
+        if p is not None and not isinstance(p, (str, Tensor)):
+            raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
     if center and shift is not None:
         raise ValueError("center makes its own shift: give one of them")
     along = None if isinstance(scale, str) and scale == "mean" else dim
-    if center or isinstance(scale, str):
+    if x.dim() and (center or isinstance(scale, str)):
         layout_of(x, along)  # raises for a dim that x does not have
     if center:
-        wide = x.to(ops.wide(x))
-        shift = wide.mean().reshape(1) if along is None else wide.movedim(along, 0).reshape(x.shape[along], -1).mean(1)
+        shift = along_rows(x, along).mean(1)
         shift = shift.detach() if detach else shift
     if isinstance(scale, str):
         scale = mean_magnitude(x, along, shift if center else None)
@@ -212,8 +239,10 @@ def binarize(
         return _packed(x, function, scale, shift, layout)
     if forward_mode_active():
         return _composed(x, shift, scale, layout, function)
-    apply = (_BinarizeFunctorch if functorch_active() else _Binarize).apply
-    return apply(x, shift, scale, layout, function, _kept(slopes, function, x, shift, scale))[0]
+    inputs = (x, shift, scale, layout, function, _kept(slopes, function, x, shift, scale))
+    if functorch_active():
+        return _BinarizeFunctorch.apply(*inputs)[0]
+    return _Binarize.apply(*inputs) if _differentiable(x, shift, scale) else _forward(*inputs)[0]
 
 
 def _packed(

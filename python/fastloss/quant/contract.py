@@ -59,3 +59,12 @@ class Activation(IntEnum):
 def row_bytes(columns: int) -> int:
     """Bytes of a row of `columns` bits."""
     return -(-columns // (8 * ROW_BYTES)) * ROW_BYTES
+
+
+class HashGrad(IntFlag):
+    """Gradients that `hash_attention_backward` has to make."""
+
+    NOTHING = 0
+    Q = 1
+    K = 2
+    V = 4

@@ -7,6 +7,7 @@ from . import (  # noqa: F401  (each registers its kernels)
     cpp_binarize,
     cpp_fake_quant,
     cpp_groups,
+    cpp_hash,
     cpp_lowbit,
     cpp_pack,
 )

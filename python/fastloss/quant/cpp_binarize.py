@@ -10,6 +10,18 @@ from ..compiled import _C, DTYPES, pointer
 from ..registry import kernel
 from .contract import Grad, Save, Surrogate, row_bytes
 
+# As plain integers: an enum's & and | take microseconds, as long as a small kernel.
+_DENSE, _SIGNS, _MASK, _CODES = (int(save) for save in (Save.DENSE, Save.SIGNS, Save.MASK, Save.CODES))
+_X, _SCALE, _SHIFT = (int(grad) for grad in (Grad.X, Grad.SCALE, Grad.SHIFT))
+_IDENTITY = int(Surrogate.IDENTITY)
+_ENDLESS = (_IDENTITY, int(Surrogate.BIPER))
+
+_made = kept_memory.empty
+# What is not asked for is made of these: the quickest way to an empty tensor.
+_NO_BYTES, _NO_COUNTS, _NO_SUMS = (
+    torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.uint8, torch.int32, torch.float32)
+)
+
 
 def _why_not(x: Tensor) -> str | None:
     if missing := backend_cpp._missing(x):
@@ -42,7 +54,7 @@ def why_not_forward(
     p1: float, save: int,
 ) -> str | None:  # fmt: skip
     """Why the compiled kernel cannot take this, or None."""
-    if save & Save.CODES and surrogate in (Surrogate.IDENTITY, Surrogate.BIPER):
+    if save & _CODES and surrogate in _ENDLESS:
         return "makes codes of a surrogate whose slope ends somewhere"
     return _why_not(x)
 
@@ -56,12 +68,11 @@ def binarize(
     (rows, columns), x = x.shape, x.contiguous()
     shift, scale = _parameter("shift", shift, groups), _parameter("scale", scale, groups)
     width = row_bytes(columns)
-    y = kept_memory.empty((rows, columns) if save & Save.DENSE else (0,), x.dtype)
-    signs, mask, codes = (
-        kept_memory.empty((rows, size) if save & what else (0,), torch.uint8)
-        for what, size in ((Save.SIGNS, width), (Save.MASK, width), (Save.CODES, columns))
-    )
-    popcounts = torch.zeros(rows if save & Save.SIGNS else 0, dtype=torch.int32, device="cpu")
+    y = _made((rows, columns), x.dtype) if save & _DENSE else _NO_BYTES.new_empty(0, dtype=x.dtype)
+    signs = _made((rows, width), torch.uint8) if save & _SIGNS else _NO_BYTES.new_empty(0)
+    mask = _made((rows, width), torch.uint8) if save & _MASK else _NO_BYTES.new_empty(0)
+    codes = _made((rows, columns), torch.uint8) if save & _CODES else _NO_BYTES.new_empty(0)
+    popcounts = _NO_COUNTS.new_zeros(rows) if save & _SIGNS else _NO_COUNTS.new_empty(0)
     _C.binarize_cpu(  # type: ignore[union-attr]
         **_fields(x, shift, scale, groups, inner, surrogate, p0, p1), x=pointer(x), y=pointer(y), signs=pointer(signs),
         popcounts=pointer(popcounts), mask=pointer(mask), codes=pointer(codes),
@@ -75,7 +86,7 @@ def why_not_backward(
     """Why the compiled kernel cannot take this, or None."""
     if x is not None and x.dtype != grad.dtype:
         return f"takes x and grad of one dtype, got {x.dtype} and {grad.dtype}"
-    if codes is not None and args[4] in (Surrogate.IDENTITY, Surrogate.BIPER):
+    if codes is not None and args[4] in _ENDLESS:
         return "takes codes of a surrogate whose slope ends somewhere"
     return _why_not(grad)
 
@@ -96,17 +107,14 @@ def binarize_backward(
             raise ValueError(
                 f"{name} of a gradient {list(grad.shape)} must be [{rows}, {width}], got {list(saved.shape)}"
             )
-    slopes = surrogate == Surrogate.IDENTITY or any(t is not None for t in (x, mask, codes))
-    if (needs & (Grad.X | Grad.SHIFT) and not slopes) or (needs & Grad.SCALE and x is None and signs is None):
+    slopes = surrogate == _IDENTITY or any(t is not None for t in (x, mask, codes))
+    if (needs & (_X | _SHIFT) and not slopes) or (needs & _SCALE and x is None and signs is None):
         raise ValueError(
             "the gradient of x or shift needs x, mask or codes, that of scale x or signs; got none of them"
         )
     shift, scale = _parameter("shift", shift, groups), _parameter("scale", scale, groups)
-    dx = kept_memory.empty((rows, columns) if needs & Grad.X else (0,), grad.dtype)
-    dscale, dshift = (
-        torch.empty(groups if needs & what else 0, dtype=torch.float32, device="cpu")
-        for what in (Grad.SCALE, Grad.SHIFT)
-    )
+    dx = _made((rows, columns), grad.dtype) if needs & _X else _NO_BYTES.new_empty(0, dtype=grad.dtype)
+    dscale, dshift = (_NO_SUMS.new_empty(groups if needs & what else 0) for what in (_SCALE, _SHIFT))
     _C.binarize_backward_cpu(  # type: ignore[union-attr]
         **_fields(grad, shift, scale, groups, inner, surrogate, p0, p1), grad=pointer(grad), x=pointer(x),
         signs=pointer(signs), mask=pointer(mask), codes=pointer(codes), dx=pointer(dx), dscale=pointer(dscale),

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import forward_mode_active, functorch_active
 from . import reference_quant
 from .binarize import of_parameter
 from .contract import Grad, Pack, Surrogate
-from .fake_quant import Levels, _factor, _FakeQuant, fake_quant
+from .fake_quant import Levels, _factor, fake_quant, quantised
 from .layout import Layout, check_parameter, layout_of, rows_of
 from .lowbit_matmul import again
 from .ops import wide
@@ -54,6 +55,16 @@ class _Signed(torch.autograd.Function):
             sums = reference_quant.group_sums(flat.to(s.dtype) * s, *ctx.layout)
             dscale = of_parameter(sums, scale) * ctx.factor
         return dx, dscale, None, None
+
+
+def _composed(x: Tensor, scale: Tensor, layout: Layout, factor: float) -> Tensor:
+    """`_Signed` in PyTorch operations that torch.func takes."""
+    moving = x.to(wide(x))
+    at = moving.detach()
+    size = torch.as_tensor(reference_quant.spread(scale, x, *layout, 1.0))
+    step = size.detach() + factor * (size - size.detach())
+    moved = torch.where(at.abs() > size.detach(), 0.0, (moving - at).nan_to_num(0.0))  # inf - inf
+    return (torch.where(at >= 0, step, -step) + moved).to(x.dtype)
 
 
 def elastic_scale(x: Tensor, bits: int = 1, *, signed: bool = True, dim: int | None = None) -> Tensor:
@@ -103,10 +114,12 @@ def elastic_binarize(
     scale = check_parameter("scale", scale, layout, x)  # type: ignore[assignment]
     sharing = x.numel() // max(1, scale.numel())
     if signed:
-        flat_rows = scale
+        run = _composed if functorch_active() or forward_mode_active() else _Signed.apply
+        factor = _factor(grad_factor, sharing, 1.0)
         if dim == 0 and scale.numel() > 1 and x.dim() > 2:
             x2 = x.flatten(1)
-            return _Signed.apply(x2, flat_rows, layout_of(x2, 0), _factor(grad_factor, sharing, 1.0)).reshape(x.shape)
-        return _Signed.apply(x, flat_rows, layout, _factor(grad_factor, sharing, 1.0))
-    least = x.detach().to(wide(x)).amin().reshape(1)
-    return _FakeQuant.apply(x, scale, least, None, layout, Levels(0.0, 2.0), _factor(grad_factor, sharing, 2.0))
+            return run(x2, scale, layout_of(x2, 0), factor).reshape(x.shape)
+        return run(x, scale, layout, factor)
+    numbers = x.detach().to(wide(x))
+    least = numbers.amin().reshape(1) if x.numel() else numbers.new_zeros(1)
+    return quantised(x, scale, least, None, layout, Levels(0.0, 2.0), _factor(grad_factor, sharing, 2.0))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import batched, functorch_active
+from ..autograd import batched, forward_mode_active, functorch_active
 from . import reference_quant
 from .binarize import of_parameter
 from .contract import Grad
@@ -111,6 +111,50 @@ class _FakeQuantFunctorch(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+def _composed(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    zero_point: Tensor | None,
+    layout: Layout,
+    levels: Levels,
+    factor: float,
+) -> Tensor:
+    """The same in PyTorch operations that forward-mode AD takes: the derivatives as constants, times what moves."""
+    size, shift, zero = (None if p is None else p.detach() for p in (scale, offset, zero_point))
+    assert size is not None
+    low, high, steps, half, rounded = levels
+    v, q, inside = reference_quant.quantiser_levels(
+        x.detach(), size, shift, zero, *layout, low, high, steps, half, rounded
+    )
+    y = q * reference_quant.spread(size, x, *layout, 1.0) + reference_quant.spread(shift, x, *layout, 0.0)
+
+    def moved(p: Tensor | None) -> Tensor | float:
+        return reference_quant.spread(None if p is None else (p - p.detach()).nan_to_num(0.0), x, *layout, 0.0)
+
+    outside = factor * torch.where(inside, 0.0, 1.0).to(y.dtype)
+    y = y + torch.where(inside, (x - x.detach()).nan_to_num(0.0).to(y.dtype), 0.0)
+    y = y + factor * torch.where(inside, q - v, q) * moved(scale)
+    y = y + outside * (moved(offset) - reference_quant.spread(size, x, *layout, 1.0) * moved(zero_point))
+    return y.to(x.dtype)
+
+
+def quantised(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    zero_point: Tensor | None,
+    layout: Layout,
+    levels: Levels,
+    factor: float,
+) -> Tensor:
+    """x on `levels`, each parameter flat, by whatever takes the transformation that is active."""
+    if forward_mode_active():
+        return _composed(x, scale, offset, zero_point, layout, levels, factor)
+    apply = (_FakeQuantFunctorch if functorch_active() else _FakeQuant).apply
+    return apply(x, scale, offset, zero_point, layout, levels, factor)
+
+
 def fake_quant(
     x: Tensor,
     scale: Tensor,
@@ -160,17 +204,16 @@ def fake_quant(
         raise ValueError(f'zero_point is of mode="affine", got mode={mode!r}: offset is the shift of the others')
     levels = seq_levels(bits) if mode == "seq" else lsq_levels(bits, signed)._replace(rounded=mode == "affine")
     layout = layout_of(x, dim, group)
-    given = [
+    size, shift, zero = (
         check_parameter(n, p, layout, x) for n, p in (("scale", scale), ("offset", offset), ("zero_point", zero_point))
-    ]
-    if given[0] is None:
+    )
+    if size is None:
         raise TypeError("scale must be a tensor, got None")
-    if given[2] is not None:  # rounded with a straight-through gradient, clamped with the clamp's own
-        near = given[2].clamp(levels.low, levels.high)
-        given[2] = near + (near.round() - near).detach()
-    factor = _factor(grad_factor, x.numel() // max(1, given[0].numel()), levels.largest)
-    apply = (_FakeQuantFunctorch if functorch_active() else _FakeQuant).apply
-    return apply(x, *given, layout, levels, factor)
+    if zero is not None:  # rounded with a straight-through gradient, clamped with the clamp's own
+        near = zero.clamp(levels.low, levels.high)
+        zero = near + (near.round() - near).detach()
+    factor = _factor(grad_factor, x.numel() // max(1, size.numel()), levels.largest)
+    return quantised(x, size, shift, zero, layout, levels, factor)
 
 
 def _factor(grad_factor: str | float | None, sharing: int, largest: float) -> float:

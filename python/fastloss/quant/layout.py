@@ -38,6 +38,8 @@ def check_parameter(name: str, parameter: Tensor | None, layout: Layout, x: Tens
     """The parameter flat, contiguous and in float32 (float64 for a float64 x)."""
     if parameter is None:
         return None
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(parameter).__name__}")
     if parameter.numel() not in (1, layout.groups):
         raise ValueError(f"{name} must hold 1 or {layout.groups} numbers, got {list(parameter.shape)}")
     if parameter.device != x.device:
@@ -47,6 +49,8 @@ def check_parameter(name: str, parameter: Tensor | None, layout: Layout, x: Tens
 
 def rows_of(x: Tensor) -> Tensor:
     """x as [rows, columns], contiguous."""
+    if x.dim() == 2 and x.numel() and x.is_contiguous():
+        return x
     return (
         x.reshape(-1, x.shape[-1] if x.dim() else 1).contiguous()
         if x.numel()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import _define
-from .contract import Grad, Save, row_bytes
+from . import checks
+from .contract import Grad, HashGrad, Save, row_bytes
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -34,12 +35,14 @@ _define(
     "pack_bits(Tensor x, int kind, Tensor? center=None, Tensor? scale=None, int group=0, int low=0, int planes=1)"
     " -> (Tensor, Tensor)",
     _pack_bits_fake,
+    checks.pack_bits,
 )
 _define(
     "unpack_bits(Tensor planes, int columns, int[] weights, int offset, Tensor? scale, int group, ScalarType dtype) -> Tensor",
     lambda planes, columns, weights, offset, scale, group, dtype: planes.new_empty(
         (planes.shape[1], columns), dtype=dtype
     ),
+    checks.unpack_bits,
 )
 
 _PRODUCT = (
@@ -95,21 +98,24 @@ _define(
     "binarize(Tensor x, Tensor? shift, Tensor? scale, int groups, int inner, int surrogate, float p0, float p1, int save)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _binarize_fake,
+    checks.binarize,
 )
 _define(
     "binarize_backward(Tensor grad, Tensor? x, Tensor? signs, Tensor? mask, Tensor? codes, Tensor? shift, Tensor? scale,"
     " int groups, int inner, int surrogate, float p0, float p1, int needs) -> (Tensor, Tensor, Tensor)",
     lambda grad, x, signs, mask, codes, shift, scale, groups, *rest: _gradients(grad, groups, rest[-1]),
+    checks.binarize_backward,
 )
 
 _QUANTIZER = (
     "Tensor scale, Tensor? offset, Tensor? zero_point, int groups, int inner, float low, float high, float steps,"
     " float shift, bool rounded"
 )
-_define(f"fake_quant(Tensor x, {_QUANTIZER}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
+_define(f"fake_quant(Tensor x, {_QUANTIZER}) -> Tensor", lambda x, *_: x.new_empty(x.shape), checks.fake_quant)
 _define(
     f"fake_quant_backward(Tensor grad, Tensor x, {_QUANTIZER}, int needs) -> (Tensor, Tensor, Tensor)",
     lambda grad, x, scale, offset, zero_point, groups, *rest: _gradients(grad, groups, rest[-1]),
+    checks.fake_quant_backward,
 )
 
 
@@ -123,10 +129,12 @@ _define(
     "quantize_groups(Tensor x, int group, int bits, Tensor? low=None, Tensor? high=None, Tensor? seed=None)"
     " -> (Tensor, Tensor, Tensor)",
     _quantize_groups_fake,
+    checks.quantize_groups,
 )
 _define(
     "dequantize_groups(Tensor codes, Tensor low, Tensor step, int n, int group, int bits, ScalarType dtype) -> Tensor",
     lambda codes, low, step, n, group, bits, dtype: codes.new_empty(n, dtype=dtype),
+    checks.dequantize_groups,
 )
 
 _define(
@@ -134,4 +142,26 @@ _define(
     lambda x, keys: x.new_empty(x.shape[0], dtype=torch.int64),
 )
 
-from . import cpp, cuda, reference_bits, reference_groups, reference_quant, triton  # noqa: E402,F401  (they register their kernels)
+_define(
+    "hash_attention(Tensor q, Tensor k, Tensor v, bool own, bool causal) -> (Tensor, Tensor)",
+    lambda q, k, v, *_: (v.new_empty((*q.shape[:2], v.shape[2])), v.new_empty(q.shape[:2], dtype=wide(v))),
+)
+_define(
+    "hash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor d, bool own, bool causal,"
+    " int needs) -> (Tensor, Tensor, Tensor)",
+    lambda grad, q, k, v, out, d, own, causal, needs: (
+        q.new_empty(q.shape if needs & HashGrad.Q else (0,)),
+        k.new_empty(k.shape if needs & HashGrad.K else (0,)),
+        v.new_empty(v.shape if needs & HashGrad.V else (0,)),
+    ),
+)
+
+from . import (  # noqa: E402,F401  (they register their kernels)
+    cpp,
+    cuda,
+    reference_bits,
+    reference_groups,
+    reference_hash,
+    reference_quant,
+    triton,
+)

@@ -119,7 +119,7 @@ def binarize_backward(
     return dx.to(grad.dtype) if needs & Grad.X else grad.new_empty(0), dscale, dshift
 
 
-def _levels(
+def quantiser_levels(
     x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int, low: float,
     high: float, steps: float, shift: float, rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -137,7 +137,7 @@ def fake_quant(
     x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, groups: int, inner: int, low: float,
     high: float, steps: float, shift: float, rounded: bool,
 ) -> Tensor:  # fmt: skip
-    _, q, _ = _levels(x, scale, offset, zero_point, groups, inner, low, high, steps, shift, rounded)
+    _, q, _ = quantiser_levels(x, scale, offset, zero_point, groups, inner, low, high, steps, shift, rounded)
     return (q * spread(scale, x, groups, inner, 1.0) + spread(offset, x, groups, inner, 0.0)).to(x.dtype)
 
 
@@ -147,7 +147,7 @@ def fake_quant_backward(
     low: float, high: float, steps: float, shift: float, rounded: bool, needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     g, none = grad.to(wide(grad)), grad.new_empty(0, dtype=wide(grad))
-    v, q, inside = _levels(x, scale, offset, zero_point, groups, inner, low, high, steps, shift, rounded)
+    v, q, inside = quantiser_levels(x, scale, offset, zero_point, groups, inner, low, high, steps, shift, rounded)
     return (
         torch.where(inside, g, 0.0).to(grad.dtype) if needs & Grad.X else grad.new_empty(0),
         group_sums(g * torch.where(inside, q - v, q), groups, inner) if needs & Grad.SCALE else none,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kept_memory, registry
+from ..autograd import batched, forward_mode_active, functorch_active
 from .saved_activation import ActivationCodec, EncodedActivation
 
 _aten = torch.ops.aten
@@ -33,11 +34,15 @@ def _saved(ctx: Any) -> tuple[EncodedActivation, tuple[Tensor | None, ...]]:
     return EncodedActivation(codes, low, step, *ctx.described), tuple(more)
 
 
-def _by_pieces(grad: Tensor, unit: int, make: Callable[[int, int], Tensor]) -> Tensor:
-    """make(begin, end) of the flat numbers, joined in grad's shape and dtype; in one piece where more would gain nothing."""
-    n, unit = grad.numel(), max(unit, 1)
+def _by_pieces(grad: Tensor, group: int, columns: int, make: Callable[[int, int], Tensor]) -> Tensor:
+    """make(begin, end) of the flat numbers, joined in grad's shape and dtype. Pieces are whole groups and whole rows;
+    there is one where more would gain nothing."""
+    n = grad.numel()
+    if grad.device.type != "cpu" or torch.compiler.is_compiling() or batched(grad):
+        return make(0, n).to(grad.dtype).reshape(grad.shape)
+    unit = math.lcm(group, columns)
     piece = max(1, _PIECE // unit) * unit
-    if n <= piece or grad.device.type != "cpu" or torch.compiler.is_compiling():
+    if n <= piece:
         return make(0, n).to(grad.dtype).reshape(grad.shape)
     made = kept_memory.empty_beside(grad, (n,), grad.dtype)
     for begin in range(0, n, piece):
@@ -48,7 +53,7 @@ def _by_pieces(grad: Tensor, unit: int, make: Callable[[int, int], Tensor]) -> T
 
 def _fused(grad: Tensor, encoded: EncodedActivation, function: str) -> Tensor | None:
     """The gradient by a kernel that decodes as it goes; None where there is none for it."""
-    if torch.compiler.is_compiling() or not grad.numel():
+    if torch.compiler.is_compiling() or not grad.numel() or batched(grad):
         return None
     args = (grad, *encoded[:3], encoded.group, encoded.bits, function, encoded.shape[-1] if encoded.shape else 1)
     return registry.run("saved_gradient", *args) if registry.able("saved_gradient", *args) else None
@@ -73,7 +78,7 @@ class _Pointwise(torch.autograd.Function):
             g, x = flat[begin:end], encoded.part(begin, end)
             return _aten.silu_backward(g, x) if ctx.kind == "silu" else _aten.gelu_backward(g, x, approximate=ctx.kind)
 
-        return _by_pieces(grad, encoded.group, make), None, None
+        return _by_pieces(grad, encoded.group, 1, make), None, None
 
 
 class _Softmax(torch.autograd.Function):
@@ -96,7 +101,7 @@ class _Softmax(torch.autograd.Function):
             g, y = (t.reshape(-1, columns) for t in (flat[begin:end], encoded.part(begin, end)))
             return _aten._softmax_backward_data(g, y, -1, encoded.dtype).reshape(-1)
 
-        return _by_pieces(grad, math.lcm(encoded.group, max(columns, 1)), make), None
+        return _by_pieces(grad, encoded.group, columns, make), None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -105,9 +110,7 @@ class _LayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, codec: ActivationCodec
     ) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
-        rstd = (variance + eps).rsqrt_()
-        unit = (wide - mean).mul_(rstd)
+        unit, _, rstd = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
         _save(ctx, codec.encode(unit), rstd, weight)
         ctx.of_bias = None if bias is None else bias.dtype
         if weight is not None:
@@ -123,21 +126,23 @@ class _LayerNorm(torch.autograd.Function):
         size = encoded.shape[-1]
         flat, of_rows = grad.reshape(-1), rstd.reshape(-1, 1)
         to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
-        dweight, dbias = rstd.new_zeros(size), rstd.new_zeros(size)
+        zeros = rstd.new_zeros(size)
+        dweight, dbias = torch.zeros_like(zeros), torch.zeros_like(zeros)
+        wide = torch.ones_like(zeros) if weight is None else weight.to(zeros.dtype)
 
         def make(begin: int, end: int) -> Tensor:
             g, u = flat[begin:end].to(rstd.dtype).reshape(-1, size), encoded.part(begin, end).reshape(-1, size)
-            if to_weight:
-                dweight.add_((g * u).sum(0))
-            if to_bias:
-                dbias.add_(g.sum(0))
-            if not to_x:
-                return flat[begin:end]
-            a = g if weight is None else g * weight
-            dx = torch.addcmul(a - a.mean(1, keepdim=True), u, (a * u).mean(1, keepdim=True), value=-1)
-            return dx.mul_(of_rows[begin // size : end // size]).reshape(-1)
+            rows = of_rows[begin // size : end // size]
+            mean, one = torch.zeros_like(rows), torch.ones_like(rows)  # u has mean 0 and deviation 1 already
+            dx, *sums = _aten.native_layer_norm_backward(
+                g, u, [size], mean, one, wide, zeros, [to_x, to_weight, to_bias]
+            )
+            for total, part, needed in zip((dweight, dbias), sums, (to_weight, to_bias), strict=True):
+                if needed:
+                    total.add_(part)
+            return dx.mul_(rows).reshape(-1) if to_x else flat[begin:end]
 
-        dx = _by_pieces(grad, math.lcm(encoded.group, max(size, 1)), make)
+        dx = _by_pieces(grad, encoded.group, size, make)
         return (
             dx if to_x else None,
             dweight.to(weight.dtype) if to_weight and weight is not None else None,
@@ -154,20 +159,28 @@ def _check(x: Tensor, codec: ActivationCodec | None) -> ActivationCodec:
     return ActivationCodec() if codec is None else codec
 
 
+def _exact(*tensors: Tensor | None) -> bool:
+    """Whether nothing will be read backwards, or torch.func asks, which torch's own functions serve."""
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return not needed or functorch_active() or forward_mode_active()
+
+
 def gelu(x: Tensor, approximate: str = "none", codec: ActivationCodec | None = None) -> Tensor:
     """torch.nn.functional.gelu, which saves codes of x: dx = g gelu'(x').
 
-    x: any shape, floating. codec: 8 bits in groups of 256 if None. First derivatives only. Raises ValueError and TypeError.
+    x: any shape, floating. codec: 8 bits in groups of 256 if None; without a gradient, and within torch.func, nothing is
+    encoded (the running ranges of a codec stay as they are). First derivatives only. Raises ValueError and TypeError.
     """
     codec = _check(x, codec)
     if approximate not in ("none", "tanh"):
         raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
-    return _Pointwise.apply(x, approximate, codec)
+    return F.gelu(x, approximate=approximate) if _exact(x) else _Pointwise.apply(x, approximate, codec)
 
 
 def silu(x: Tensor, codec: ActivationCodec | None = None) -> Tensor:
     """torch.nn.functional.silu, which saves codes of x: dx = g silu'(x'). Arguments and errors of `gelu`."""
-    return _Pointwise.apply(x, "silu", _check(x, codec))
+    codec = _check(x, codec)
+    return F.silu(x) if _exact(x) else _Pointwise.apply(x, "silu", codec)
 
 
 def softmax(x: Tensor, dim: int = -1, codec: ActivationCodec | None = None) -> Tensor:
@@ -178,6 +191,8 @@ def softmax(x: Tensor, dim: int = -1, codec: ActivationCodec | None = None) -> T
     codec = _check(x, codec)
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim must be in [{-x.dim()}, {x.dim()}), got {dim}")
+    if _exact(x) or not x.numel():
+        return torch.softmax(x, dim)
     return _Softmax.apply(x.movedim(dim, -1), codec).movedim(-1, dim)
 
 
@@ -197,8 +212,12 @@ def layer_norm(
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None and tuple(p.shape) != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, got {list(p.shape)}")
-    if not x.numel():
-        return F.layer_norm(x, shape, weight, bias, eps).to(x.dtype)
+    if _exact(x, weight, bias) or not x.numel():
+        if all(p is None or p.dtype == x.dtype for p in (weight, bias)):
+            return F.layer_norm(x, shape, weight, bias, eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+        return F.layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
     rows = x.reshape(*x.shape[: -len(shape)], -1)
     flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
     return _LayerNorm.apply(rows, *flat, eps, codec).reshape(x.shape)

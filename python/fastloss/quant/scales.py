@@ -67,32 +67,36 @@ def minmax_scale(x: Tensor, bits: float, dim: int | None = None, group: int = 0)
 
 
 def searched_scale(
-    x: Tensor,
-    bits: float,
-    signed: bool = True,
-    dim: int | None = None,
-    group: int = 0,
-    power: float = 2.4,
-    steps: int = 80,
-) -> tuple[Tensor, Tensor]:
-    """(scale, offset) of the least mean |y - x|^power among `steps` shrunk ranges, i / steps of the whole for i = 1 .. steps.
+    x: Tensor, bits: float, signed: bool = True, dim: int | None = None, group: int = 0, *, power: float = 2.4,
+    candidates: int = 80, shrink: float = 0.01,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(scale, offset) of the least sum |y - x|^power among ranges shrunk by 0, 1, .. times `shrink`.
 
-    The search of EQ-Net (80 steps, power 2.4): of max|x| for signed levels (offset 0), of min and max for unsigned ones.
-    Arguments and each result as of `lsq_scale`; `steps` passes over x.
+        signed:  scale = r max|x| / Qp, offset = 0;   else:  scale = r (max x - min x) / (2^bits - 1), offset = r min x
+        r = 1 - i shrink, i < candidates;   y = fake_quant(x, scale, offset=offset)
+
+    Args:
+        x, bits, signed, dim, group: as of `lsq_scale`.
+        candidates, shrink, power: 80, 0.01 and 2.4 start EQ-Net ("EQ-Net: Elastic Quantization Neural Networks"); 7, 0.1
+            and 0.5 are the activation search of "Q-VLM: Post-training Quantization for Large Vision-Language Models".
+
+    Each result as of `lsq_scale`. The largest range wins where several are as good. Raises ValueError and TypeError.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if candidates < 1 or not 0 < shrink or not (candidates - 1) * shrink < 1:
+        raise ValueError(f"candidates >= 1 and shrink > 0 must leave a range, got {candidates} times {shrink}")
+    if not power > 0:
+        raise ValueError(f"power must be > 0, got {power}")
     levels, numbers = lsq_levels(bits, signed), _by_parameter(x, dim, group)
-    largest = numbers.abs().amax(1, keepdim=True)
-    low, high = (-largest, largest) if signed else (t[:, None] for t in numbers.aminmax(dim=1))
-    best = torch.full_like(largest, torch.inf)
-    scale, offset = torch.full_like(largest, SMALLEST_STEP), torch.zeros_like(largest)
-    for i in range(1, steps + 1):
-        part = i / steps
-        span = part * largest / levels.high if signed else part * (high - low) / levels.high
-        step, shift = span.clamp(min=SMALLEST_STEP), torch.zeros_like(low) if signed else part * low
-        y = ((numbers - shift) / step).round().clamp(levels.low, levels.high) * step + shift
-        loss = (y - numbers).abs().pow(power).mean(1, keepdim=True)
+    low, high = numbers.aminmax(dim=1, keepdim=True)
+    least = torch.zeros_like(low) if signed else low
+    widest = (torch.maximum(-low, high) if signed else high - low) / levels.high
+    best = torch.full_like(widest, torch.inf, dtype=torch.float64)
+    scale, offset = widest.clamp(min=SMALLEST_STEP), least
+    for i in range(candidates):
+        left = 1 - i * shrink
+        step, shift = (left * widest).clamp(min=SMALLEST_STEP), left * least
+        y = ((numbers - shift) / step).clamp_(levels.low, levels.high).round_().mul_(step).add_(shift)
+        loss = y.sub_(numbers).abs_().pow_(power).sum(1, keepdim=True, dtype=torch.float64)
         better = loss < best
         best, scale, offset = (
             torch.where(better, new, old) for new, old in ((loss, best), (step, scale), (shift, offset))

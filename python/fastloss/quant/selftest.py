@@ -28,6 +28,10 @@ def arguments(op: str, x: Any, w: Any) -> tuple[Any, ...]:
         )
         return made, counts
 
+    def hashed() -> tuple[Any, ...]:  # codes of 20 bits, and w as values
+        codes = torch.arange(2 * n * 20, device=x.device) * 37 % 11 % 2 * 2 - 1
+        return (*codes.to(w.dtype).reshape(2, 1, n, 20), w[None])
+
     product = (*bits(m, 1), *bits(n, 2), 512, [2], -1, [-1, 2], 0)
     epilogue = (of_groups(m), of_groups(n), of_groups(n) - 0.5, int(Activation.RELU))
     surrogate = (m, columns, int(Surrogate.RESTE), 3.0, 1.5)
@@ -49,6 +53,8 @@ def arguments(op: str, x: Any, w: Any) -> tuple[Any, ...]:
         ),
         "fake_quant": lambda: (x, *levels),
         "fake_quant_backward": lambda: (x * 0.7, x, *levels, int(Grad.X | Grad.SCALE | Grad.SHIFT)),
+        "hash_attention": lambda: (*hashed(), False, True),
+        "hash_attention_backward": lambda: (w[None] * 0.7, *hashed(), w[None] * 0.1, of_groups(n)[None] + n, False, True, 7),
         "quantize_groups": lambda: (x.flatten(), 256, 8, None, None, torch.ones(1, dtype=torch.int64, device=x.device)),
         "dequantize_groups": lambda: (codes, of_groups(4), of_groups(4), 1000, 256, 8, x.dtype),
     }  # fmt: skip
@@ -82,6 +88,7 @@ def by_op(op: str) -> Callable[..., Any]:
 OPS = (
     "pack_bits", "unpack_bits", "bgemm", "bgemm_signs", "hamming_topk", "nearest_key", "lowbit_matmul",
     "binarize", "binarize_backward", "fake_quant", "fake_quant_backward", "quantize_groups", "dequantize_groups",
+    "hash_attention", "hash_attention_backward",
 )  # fmt: skip
 
 

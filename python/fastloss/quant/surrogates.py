@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .checks import surrogate_numbers
 from .contract import Surrogate
 
 
@@ -94,8 +95,9 @@ BY_NAME: dict[str, Callable[[], SurrogateFunction]] = {
 
 
 def surrogate_of(surrogate: str | SurrogateFunction) -> SurrogateFunction:
-    """A surrogate by its name, or as it is. ValueError for a name that is not known."""
+    """A surrogate by its name, or as it is. ValueError for a name that is not known, or numbers that are not taken."""
     if isinstance(surrogate, SurrogateFunction):
+        surrogate_numbers(*surrogate)
         return surrogate
     if surrogate not in BY_NAME:
         raise ValueError(f"surrogate must be one of {', '.join(BY_NAME)} or a SurrogateFunction, got {surrogate!r}")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import batched
+from ..autograd import batched, forward_mode_active, functorch_active
 from . import ops, reference_quant
-from .binarize import mean_magnitude, of_parameter
+from .binarize import along_rows, mean_magnitude, of_parameter
 from .bit_tensor import BitTensor
 from .bits import pack_ternary
 from .contract import Grad, Pack, Surrogate
@@ -30,8 +30,7 @@ def ternary_scale(x: Tensor, method: str, dim: int | None, center: Tensor | None
     mean = mean_magnitude(x, dim, center)
     if method == "twn":
         threshold = _TWN * mean.detach()
-        wide = x.to(ops.wide(x))
-        flat = wide.reshape(1, -1) if dim is None else wide.movedim(dim, 0).reshape(x.shape[dim], -1)
+        flat = along_rows(x, dim)
         size = (flat if center is None else flat - center[:, None]).abs()
         large = size > threshold[:, None]
         return torch.where(large, size, 0.0).sum(1) / large.sum(1).clamp(min=1), threshold
@@ -73,6 +72,17 @@ class _Ternarize(torch.autograd.Function):
             t = _ops.unpack_bits.default(planes, flat.shape[1], [-1, 2], 0, None, 0, ops.wide(grad))
             dscale = of_parameter(reference_quant.group_sums(flat.to(t.dtype) * t, *ctx.layout), scale)
         return dx, dscale, None, None, None, None
+
+
+def _composed(x: Tensor, scale: Tensor, center: Tensor | None, threshold: Tensor, layout: Layout, clip: bool) -> Tensor:
+    """`_Ternarize` in PyTorch operations that torch.func takes."""
+    wide = x.to(ops.wide(x))
+    at, size = wide.detach(), torch.as_tensor(reference_quant.spread(scale, x, *layout, 1.0))
+    d = at - reference_quant.spread(center, x, *layout, 0.0)
+    t = (d > reference_quant.spread(threshold, x, *layout, 0.0)).to(at.dtype)
+    t = t - (d < -reference_quant.spread(threshold, x, *layout, 0.0)).to(at.dtype)
+    moved = (wide - at).nan_to_num(0.0)  # inf - inf
+    return (t * size + (torch.where(d.abs() > size.detach(), 0.0, moved) if clip else moved)).to(x.dtype)
 
 
 def _of_rows(p: Tensor, x: Tensor, layout: Layout) -> Tensor:
@@ -123,11 +133,11 @@ def ternarize(
         )
     middle = None
     if center:
-        wide = x.detach().to(ops.wide(x))
-        middle = wide.mean().reshape(1) if dim is None else wide.movedim(dim, 0).flatten(1).mean(1)
+        middle = along_rows(x.detach(), dim).mean(1)
     scale, threshold = ternary_scale(x.detach() if detach else x, method, dim, middle)
     layout = layout_of(x, dim)
     if packed:
         rows = [None if p is None else _of_rows(p.detach(), x, layout) for p in (threshold, middle, scale)]
         return pack_ternary(x, rows[0], center=rows[1], scale=rows[2])  # type: ignore[arg-type]
-    return _Ternarize.apply(x, scale, middle, threshold, layout, surrogate == "clip")
+    run = _composed if functorch_active() or forward_mode_active() else _Ternarize.apply
+    return run(x, scale, middle, threshold, layout, surrogate == "clip")

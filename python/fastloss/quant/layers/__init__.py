@@ -8,13 +8,14 @@ from .binary_conv2d import BinaryConv2d, PackedBinaryConv2d
 from .binary_linear import BinaryLinear, PackedBinaryLinear
 from .convert import binarize_model, convert, model_nbytes, pack_model, set_surrogate
 from .elastic_linear import ElasticInputs, ElasticLinear
+from .hash_attention import HashAttention
 from .learned_step import ElasticBinarize, LearnedStep
 from .mimicking import LowRankMimicking
 from .output_scale import OutputScale
 from .packed_linear import PackedLinear
 from .quant_linear import QuantLinear
 from .ternary_linear import BitLinear, TernaryLinear
-from .weights import MultiBasisLinear, ReCU, basis_scales, multi_basis, recu_share
+from .weights import MultiBasisLinear, ReCU, basis_scales, multi_basis
 
 __all__ = [
     "BinaryAttention",
@@ -26,6 +27,7 @@ __all__ = [
     "ElasticBinarize",
     "ElasticInputs",
     "ElasticLinear",
+    "HashAttention",
     "LearnedStep",
     "LowRankMimicking",
     "MultiBasisLinear",
@@ -42,6 +44,5 @@ __all__ = [
     "model_nbytes",
     "multi_basis",
     "pack_model",
-    "recu_share",
     "set_surrogate",
 ]

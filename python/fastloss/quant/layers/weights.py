@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -13,31 +12,21 @@ from ..binarize import binarize
 from ..bit_tensor import BitTensor
 from ..bits import pack_bits
 from ..ops import wide
+from ..recu import check_tau, recu_weight
 from .binary_linear import copied
 from .learned_step import input_step
 from .packed_linear import PackedLinear, frozen
 
 
-def recu_share(progress: float, start: float = 0.85, end: float = 0.99) -> float:
-    """ReCU's tau at a share `progress` in [0, 1] of the training: A e^progress + B, from `start` to `end`."""
-    if not 0 <= progress <= 1:
-        raise ValueError(f"progress must be in [0, 1], got {progress}")
-    slope = (end - start) / (math.e - 1)
-    return slope * math.exp(progress) + start - slope
-
-
 class ReCU(nn.Module):
     """Weights standardised by row, then clamped: dead weights, far from zero, come back to where their sign may change.
-
-    w = (W - mean) 2 sqrt(2) / std;  Q = -mean |w| ln(2 - 2 tau);  y = clamp(w, -Q, Q), each statistic that of a row,
-    std that of torch.std. Q is a constant in the backward, mean and std are not.
 
     For torch's parametrizations, in front of a binary layer with weight_surrogate="identity":
 
         torch.nn.utils.parametrize.register_parametrization(layer, "weight", ReCU())
 
     Args:
-        tau: in [0.5, 1), the share of a Laplace distribution that stays; `recu_share` raises it over the training (set
+        tau: in [0.5, 1), the share of a Laplace distribution that stays; `recipes.recu_tau` raises it over the training (set
             `tau` again).
 
     ReCU's operator in "BiBench: Benchmarking and Analyzing Network Binarization".
@@ -53,17 +42,11 @@ class ReCU(nn.Module):
 
     @tau.setter
     def tau(self, tau: float) -> None:
-        if not 0.5 <= tau < 1:
-            raise ValueError(f"tau must be in [0.5, 1), got {tau}")
+        check_tau(tau)
         self._tau = float(tau)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if weight.dim() < 2 or weight[0].numel() < 2:
-            raise ValueError(f"weight must be [out, ...] with two numbers a row at least, got {list(weight.shape)}")
-        rows = weight.flatten(1).to(wide(weight))
-        w = (rows - rows.mean(1, keepdim=True)) * (2 * math.sqrt(2)) / rows.std(1, keepdim=True)
-        most = (-math.log(2 - 2 * self.tau) * w.detach().abs().mean(1, keepdim=True)).clamp(min=0)
-        return w.clamp(-most, most).to(weight.dtype).reshape(weight.shape)
+        return recu_weight(weight, self.tau)
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}"

@@ -6,11 +6,12 @@ Regularization"; no text with its function was at hand).
 
 from __future__ import annotations
 
+from ..dynamic_sign import dynamic_sign
+from ..elastic import ElasticQuantizer
+from ..recu import recu_tau, recu_weight
 from .bit_allocation import allocate_levels, gptq_columns
 from .block_partition import activation_entropy, partition_blocks
-from .dynamic_sign import dynamic_sign
 from .elastic import (
-    ElasticQuantizer,
     ElasticSetting,
     GuidanceLosses,
     guidance_losses,
@@ -21,7 +22,6 @@ from .key_value_bottleneck import KeyValueBottleneck, kmeans
 from .lora_rounding import LoraRounding, block_windows, reconstruction_loss
 from .outliers import outlier_threshold, truncate_outliers
 from .qat_fraction import qat_fraction
-from .recu import recu_tau, recu_weight
 from .recurrent_binarizer import (
     RecurrentBinarizer,
     inverse_norms,
@@ -31,7 +31,6 @@ from .recurrent_binarizer import (
 )
 from .reuse_order import ReuseOrder, hamming_distances, reuse_order, reuse_products
 from .staircase_cache import StaircaseCache
-from .step_search import search_step
 
 __all__ = [
     "ElasticQuantizer",
@@ -62,7 +61,6 @@ __all__ = [
     "reuse_order",
     "reuse_products",
     "sample_setting",
-    "search_step",
     "symmetric_distance_topk",
     "truncate_outliers",
     "weight_distribution_loss",
