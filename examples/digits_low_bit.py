@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     if parser.parse_known_args()[0].quick:
-        parser.set_defaults(epochs=6, width=128, channels=16)
+        parser.set_defaults(epochs=8, width=256, channels=16)
     o = parser.parse_args()
     digits = load_digits()
     torch.manual_seed(o.seed)

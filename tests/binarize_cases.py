@@ -107,8 +107,9 @@ def numbers(rows: int, columns: int, dtype: torch.dtype, hard: bool = True) -> T
     return x.to(dtype)
 
 
-def parameters(layout: str, rows: int, columns: int) -> tuple[Tensor, Tensor, int, int]:
-    """(shift, scale, groups, inner); one shift for all where the layout is odd, which is allowed too."""
+def parameters(layout: str, rows: int, columns: int) -> tuple[Tensor | None, Tensor, int, int]:
+    """(shift, scale, groups, inner); no shift where there is one group, and one for all groups where the layout is odd,
+    which is allowed too."""
     groups, inner = LAYOUTS[layout](rows, columns)
     shift = torch.randn(1 if layout == "odd" else groups) / 8
-    return shift, torch.rand(groups) + 0.5, groups, inner
+    return None if layout == "one" else shift, torch.rand(groups) + 0.5, groups, inner

@@ -1,8 +1,9 @@
 // Few rows, as in decoding: the time is that of reading the bits. Nothing is unpacked: of four columns of x there are
 // 16 sums with signs, one vector, and four bits of 16 outputs look their sums up in it.
 //
-// A bit is (1 + s) / 2 with a sign s, so value = (offset + sum of weights / 2) + sum over planes of weight / 2 s: sums
-// with signs cancel no more than the product itself does.
+// A bit is (1 + s) / 2 with a sign s, so value = (offset + sum of weights / 2) + sum over planes of weight / 2 s. For
+// binary numbers that cancels no more than the product itself does; of others a value of 0 is a difference of sums, so
+// the error is one in units of sum |x| max |value|, not of sum |x value|.
 #pragma once
 #include "lowbit_matmul_operands.h"
 
@@ -11,7 +12,7 @@
 namespace fastloss::lowbit {
 
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kFewSums = 16; // rows x planes; with more, unpacking costs less than looking up
+constexpr int64_t kFewSums = 16;     // rows x planes; with more, unpacking costs less than looking up
 constexpr float kLargest = 0x1p120f; // beyond it, sums of four with either sign may not be finite
 constexpr int64_t kLanes = 16;
 constexpr int64_t kQuads = kChunk / 4, kPiece = 64; // a group has a whole number of pieces

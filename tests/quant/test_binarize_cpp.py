@@ -60,7 +60,7 @@ def same(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
 def test_bits_of_every_width(isa: int, dtype: torch.dtype) -> None:
     clip = KINDS[Surrogate.CLIP]
     for columns in (*range(1, 71), 511, 512, 513, 1100):
-        x, given = numbers(3, columns, dtype), parameters("rows", 3, columns)
+        x, given = numbers(3, columns, dtype), parameters("rows" if columns % 2 else "one", 3, columns)
         args = (x, *given, *clip.numbers, all_saves(clip))
         ours = on("cpp", "binarize", *args)
         same(ours, on("reference", "binarize", *args))
@@ -82,6 +82,16 @@ def test_forward_is_the_reference(isa: int, case: Case) -> None:
                 for i, what in ((0, Save.DENSE), (1, Save.SIGNS), (4, save & Save.CODES)):  # alone: elements as one row
                     one = on("cpp", "binarize", *args, int(what))
                     assert torch.equal(one[i].nan_to_num(9.0), wanted[i].nan_to_num(9.0) if what else one[i])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.ends], ids=[c.name for c in CASES if c.ends])
+def test_codes_at_halves(isa: int, case: Case) -> None:
+    """254 |u| / t is multiplied, then divided: a factor 254 / t would round some of these to the other side."""
+    limit = reference_quant.limit(*case.numbers)
+    halves = (torch.arange(255, dtype=torch.float64) + 0.5) * limit / 254
+    x = halves.float()[None] * torch.tensor([[1.0], [1 - 2**-23], [1 + 2**-23], [-1.0]])
+    args = (x, None, None, 1, 1, *case.numbers, int(Save.CODES))
+    same(on("cpp", "binarize", *args), on("reference", "binarize", *args))
 
 
 def saved(case: Case, forward: tuple[Tensor, ...], x: Tensor) -> list[tuple[Tensor | None, ...]]:
@@ -207,8 +217,12 @@ def test_signs_of_waves_of_large_angles(isa: int, frequency: float) -> None:
 
 def test_the_same_on_one_thread_and_on_two(isa: int, threads: None) -> None:
     case = KINDS[Surrogate.RESTE]
-    for (rows, columns), layout in (((1, 150_001), "one"), ((80, 1001), "columns"), ((80, 1001), "rows")):
-        x, grad = numbers(rows, columns, torch.float32), torch.randn(rows, columns)
+    for (rows, columns), layout in (((1, 150_002), "one"), ((80, 1001), "columns"), ((80, 1002), "rows")):
+        dim = 0 if layout == "columns" else 1
+        of_half = numbers(rows, columns, torch.float32, hard=False).chunk(2, dim)[0]
+        half = torch.randn_like(of_half) * 10 ** (15 * torch.rand_like(of_half))
+        x = torch.cat((of_half, of_half), dim)
+        grad = torch.cat((half, -half), dim)  # sums that cancel, down to the digits that the order decides
         given, found = parameters(layout, rows, columns), []
         for count in (1, 2, 5):
             torch.set_num_threads(count)

@@ -255,3 +255,29 @@ def test_empty_batches_have_gradients(surrogate: str) -> None:
     (y.sum() + signs.sum()).backward()
     assert x.grad.shape == x.shape
     assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in (shift, weight, scale))
+
+
+def test_two_layers_compiled_with_dynamic_shapes() -> None:
+    x, w, v = (torch.randn(*shape, requires_grad=True) for shape in ((M, K), (N, K), (4, N)))
+
+    def loss(x: Tensor) -> Tensor:
+        return binary_linear(binary_linear(x, w), v, weight_surrogate="approx").square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (M, 5):
+        a, b = torch.autograd.grad(compiled(x[:rows]), (x, w, v)), torch.autograd.grad(loss(x[:rows]), (x, w, v))
+        torch.testing.assert_close(a, b)
+
+
+def test_names_have_the_usual_numbers() -> None:
+    for name in SURROGATES:
+        assert surrogates.surrogate_of(name) == getattr(surrogates, name)()
+
+
+def test_forward_mode() -> None:
+    x, w, bias, _ = problem()
+    tangent = torch.randn_like(x)
+    y, along = torch.func.jvp(lambda x: binary_linear(x, w, bias), (x,), (tangent,))
+    right = torch.func.jvp(lambda x: formula(x, w, bias), (x,), (tangent,))[1]
+    torch.testing.assert_close(y, binary_linear(x, w, bias), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(along, right, rtol=1e-10, atol=1e-10)

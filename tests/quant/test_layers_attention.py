@@ -134,3 +134,11 @@ def test_refusals() -> None:
         BinaryAttention(10, 3)
     with pytest.raises(ValueError, match="x must be"):
         BinaryAttention(8, 2)(torch.randn(2, 3, 9))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_float32_mask_for_16_bits(training: bool) -> None:
+    q, k, v = (torch.randn(2, 5, 16).half() for _ in range(3))
+    mask = torch.randn(5, 5)
+    y = binary_attention(q.requires_grad_(training), k, v, mask)
+    assert y.dtype == torch.float16 and torch.equal(y, binary_attention(q, k, v, mask.half()))

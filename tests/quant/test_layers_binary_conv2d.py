@@ -123,6 +123,7 @@ def test_packed_is_equal(name: str, mode: str, dtype: torch.dtype) -> None:
     layer = BinaryConv2d(16, 6, 3, 2, 1, groups=2, padding_mode=mode, dtype=dtype, **OPTIONS[name])
     if layer.input_shift is not None:
         nn.init.normal_(layer.input_shift)
+        nn.init.normal_(layer.scale)  # type: ignore[arg-type]
     x = torch.randn(3, 16, 7, 8).to(dtype)
     packed = layer.pack()
     assert torch.equal(packed(x), layer(x)) and packed(x).dtype == dtype and not list(packed.parameters())

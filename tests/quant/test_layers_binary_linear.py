@@ -105,6 +105,7 @@ def test_packed_is_equal(name: str, dtype: torch.dtype) -> None:
     layer = BinaryLinear(130, 7, dtype=dtype, **OPTIONS[name])
     if layer.input_shift is not None:
         nn.init.normal_(layer.input_shift)
+        nn.init.normal_(layer.scale)  # type: ignore[arg-type]
     x = torch.randn(3, 4, 130).to(dtype)
     packed = layer.pack()
     assert torch.equal(packed(x), layer(x)) and packed(x).dtype == dtype

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from triton_aot import SHARED_LIMIT, Cost
 from triton_quant_aot import CALLS, QuantCase, compile_quant_case
 
-PRODUCTS = ("lowbit_matmul_kernel", "lowbit_matmul_transposed_kernel")
+PRODUCTS = ("lowbit_matmul_kernel", "lowbit_matmul_transposed_kernel", "context_kernel", "answer_kernel")
 
 
 #: Bytes that a build may store to the stack, and why.
@@ -36,6 +36,9 @@ def cases() -> list[QuantCase]:
     made += [QuantCase(name, "bf16", target) for target in ("sm_80", "sm_100") for name in everywhere]
     made += [QuantCase("lowbit large", "int8", target) for target in SHARED_LIMIT]
     made += [QuantCase(name, "int8", "sm_90") for name in ("lowbit ternary groups", "lowbit one row of groups")]
+    made += [
+        QuantCase(f"hash_attention{form}", "fp32", target) for form in ("", " causal") for target in ("sm_80", "sm_90")
+    ]
     made += [QuantCase("lowbit large", dtype, "sm_90") for dtype in ("fp16", "fp32")]
     made.append(QuantCase("lowbit transposed groups", "fp32", "sm_80"))
     return made + [QuantCase(name, "fp32", "sm_80") for name in ("binarize codes each", "fake_quant gradient rows")]

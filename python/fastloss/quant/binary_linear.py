@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import functorch_active
+from ..autograd import forward_mode_active, functorch_active
 from ..pairs.arguments import autocast_dtype
 from . import reference_quant
-from .binarize import _given, _numbers, _statistics, of_parameter
+from .binarize import _given, _numbers, _statistics, binarize, of_parameter
 from .contract import Activation, Grad, Save, Surrogate
 from .layout import Layout, check_parameter, layout_of, rows_of
 from .lowbit_linear import check_linear
@@ -168,6 +168,11 @@ def binary_linear(
     scale = check_parameter("scale", scale, weight_layout, weight)
     shift = check_parameter("shift", shift, weight_layout, weight)
     input_shift = check_parameter("input_shift", input_shift, input_layout, flat)
+    if forward_mode_active():  # `binarize` has a composition that it takes
+        signs = binarize(flat, input_surrogate, shift=input_shift, dim=-1)
+        dense = binarize(weight, weight_surrogate, scale=scale, shift=shift)
+        y = torch.nn.functional.linear(signs.to(wide(x)), dense.to(wide(x)), None if bias is None else bias.to(wide(x)))  # type: ignore[union-attr]
+        return y.to(autocast_dtype(x)).reshape(*x.shape[:-1], weight.shape[0])
     sides = _side(input_surrogate, input_layout, save == "auto"), _side(weight_surrogate, weight_layout, False)
     apply = (_BinaryLinearFunctorch if functorch_active() else _BinaryLinear).apply
     y = apply(flat, weight.contiguous(), bias, scale, shift, input_shift, *sides, autocast_dtype(x))[0]

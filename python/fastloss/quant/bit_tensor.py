@@ -21,7 +21,8 @@ class BitTensor(NamedTuple):
 
     Attributes:
         planes: uint8 [P, ..., B], B = 64 ceil(K / 512); bit k of a row is bit k mod 8 of byte k div 8, bits from K on
-            are 0.
+            are 0. Nothing checks that: with others, or with popcounts of other bits, results are wrong numbers, so
+            what is cut to fewer columns has to be packed again.
         popcounts: int32 [P, ...], the ones of each row.
         scale: float32 [R, G] (R rows, or 1 for all; G groups of `group` columns, 1 if group is 0), or None for 1.
         columns: K.

@@ -11,9 +11,8 @@ from ..registry import kernel
 from .contract import HashGrad
 
 
-def _why_not(q: Tensor, k: Tensor, v: Tensor, own: bool, causal: bool) -> str | None:
-    if missing := backend_cpp._missing(q):
-        return missing
+def why_not_operands(q: Tensor, k: Tensor, v: Tensor, own: bool, causal: bool) -> str | None:
+    """Why a kernel cannot take these operands, whatever the backend, or None."""
     if v.dtype not in DTYPES or q.dtype != v.dtype or k.dtype != v.dtype:
         return f"takes float32, float16 or bfloat16, the same for codes and v; got {q.dtype}, {k.dtype} and {v.dtype}"
     given = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
@@ -25,10 +24,11 @@ def _why_not(q: Tensor, k: Tensor, v: Tensor, own: bool, causal: bool) -> str | 
     return None
 
 
-def _why_not_backward(
+def why_not_saved(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, d: Tensor, own: bool, causal: bool, needs: int
 ) -> str | None:
-    if reason := _why_not(q, k, v, own, causal):
+    """And those of the backward."""
+    if reason := why_not_operands(q, k, v, own, causal):
         return reason
     if {grad.dtype, out.dtype} != {v.dtype} or d.dtype != torch.float32:
         return f"takes grad and out in {v.dtype} and d in float32, got {grad.dtype}, {out.dtype} and {d.dtype}"
@@ -54,7 +54,7 @@ def _sums(
     return y
 
 
-@kernel("hash_attention", "cpp", _why_not)
+@kernel("hash_attention", "cpp", lambda q, *args: backend_cpp._missing(q) or why_not_operands(q, *args))
 def hash_attention(q: Tensor, k: Tensor, v: Tensor, own: bool, causal: bool) -> tuple[Tensor, Tensor]:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     b = float(q.shape[2] + 1)
@@ -62,7 +62,7 @@ def hash_attention(q: Tensor, k: Tensor, v: Tensor, own: bool, causal: bool) -> 
     return _sums(q, k, v, int(causal), constant=0.0 if own else b, own=b if own else 0.0, d=d), d
 
 
-@kernel("hash_attention_backward", "cpp", _why_not_backward)
+@kernel("hash_attention_backward", "cpp", lambda g, *args: backend_cpp._missing(g) or why_not_saved(g, *args))
 def hash_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, d: Tensor, own: bool, causal: bool, needs: int
 ) -> tuple[Tensor, Tensor, Tensor]:

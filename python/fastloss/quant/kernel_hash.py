@@ -46,11 +46,11 @@ def check_tokens(x: Tensor, anchors: Tensor) -> None:
             raise TypeError(f"{name} must be a floating tensor, got {given}")
     if x.device != anchors.device:
         raise ValueError(f"x and anchors must be on one device, got {x.device} and {anchors.device}")
-    given = f"{list(x.shape)} and {list(anchors.shape)}"
+    shapes = f"{list(x.shape)} and {list(anchors.shape)}"
     if x.dim() != 4 or anchors.dim() not in (2, 3) or anchors.shape[-1] != x.shape[-1]:
-        raise ValueError(f"x and anchors must be [B, H, N, D] and [H, m, D] or [m, D], got {given}")
+        raise ValueError(f"x and anchors must be [B, H, N, D] and [H, m, D] or [m, D], got {shapes}")
     if (anchors.dim() == 3 and anchors.shape[0] != x.shape[1]) or not anchors.shape[-2]:
-        raise ValueError(f"anchors must be of {x.shape[1]} heads, at least one a head, got {given}")
+        raise ValueError(f"anchors must be of {x.shape[1]} heads, at least one a head, got {shapes}")
 
 
 def kernel_hash(

@@ -8,6 +8,7 @@ surrogates.reste(power=2.0))` with others.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .checks import surrogate_numbers
@@ -30,17 +31,17 @@ def _positive(name: str, value: float) -> float:
 
 def identity() -> SurrogateFunction:
     """Slope 1 everywhere: the plain straight-through estimator."""
-    return SurrogateFunction(Surrogate.IDENTITY)
+    return SurrogateFunction(Surrogate.IDENTITY, 0.0, 0.0)
 
 
 def clip(limit: float = 1.0) -> SurrogateFunction:
     """Slope 1 where |u| < limit, else 0: F = hardtanh. BNN; the usual choice."""
-    return SurrogateFunction(Surrogate.CLIP, _positive("limit", limit))
+    return SurrogateFunction(Surrogate.CLIP, _positive("limit", limit), 0.0)
 
 
 def approx() -> SurrogateFunction:
     """Slope max(0, 2 - 2 |u|): F = 2u - u |u| on [-1, 1]. Bi-Real Net, ReActNet, activations of BiPer and ReCU."""
-    return SurrogateFunction(Surrogate.APPROX)
+    return SurrogateFunction(Surrogate.APPROX, 0.0, 0.0)
 
 
 def reste(power: float = 3.0, limit: float = 1.5) -> SurrogateFunction:
@@ -65,12 +66,12 @@ def reste_power(progress: float, end: float = 3.0) -> float:
 def biper(frequency: float = 20.0) -> SurrogateFunction:
     """The bit is the sign of sin(frequency u), F = sin(frequency u). "BiPer: Binary Neural Networks using a Periodic
     Function"."""
-    return SurrogateFunction(Surrogate.BIPER, _positive("frequency", frequency))
+    return SurrogateFunction(Surrogate.BIPER, _positive("frequency", frequency), 0.0)
 
 
 def swish(sharpness: float = 5.0) -> SurrogateFunction:
     """F = 2 s (1 + b u (1 - s)) - 1, s = sigmoid(b u), b = sharpness: SignSwish of BNN+."""
-    return SurrogateFunction(Surrogate.SWISH, _positive("sharpness", sharpness))
+    return SurrogateFunction(Surrogate.SWISH, _positive("sharpness", sharpness), 0.0)
 
 
 def fda(frequency: float = 0.1, terms: int = 9) -> SurrogateFunction:
@@ -85,10 +86,11 @@ def fda(frequency: float = 0.1, terms: int = 9) -> SurrogateFunction:
     return SurrogateFunction(Surrogate.FDA, _positive("frequency", frequency), float(terms))
 
 
-#: What `binarize` takes by name.
-BY_NAME = {
-    "identity": identity, "clip": clip, "approx": approx, "bireal": approx, "react": approx, "reste": reste, "biper": biper,
-    "swish": swish, "fda": fda,
+#: What `binarize` takes by name. The usual numbers are written again: those of a call are constants to torch.compile,
+#: while it makes defaults symbols with dynamic=True, which two autograd functions of one graph cannot share.
+BY_NAME: dict[str, Callable[[], SurrogateFunction]] = {
+    "identity": identity, "clip": lambda: clip(1.0), "approx": approx, "bireal": approx, "react": approx,
+    "reste": lambda: reste(3.0, 1.5), "biper": lambda: biper(20.0), "swish": lambda: swish(5.0), "fda": lambda: fda(0.1, 9),
 }  # fmt: skip
 
 

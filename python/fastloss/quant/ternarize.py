@@ -51,10 +51,10 @@ class _Ternarize(torch.autograd.Function):
         outside = None
         if clip:
             outside = _ops.pack_bits.default(flat, int(Pack.TERNARY), per_row[0], per_row[2], 0, 0, 2)[0][0]
-        y = _ops.unpack_bits.default(planes, flat.shape[1], [-1, 2], 0, per_row[2], 0, ops.wide(x))
+        y = _ops.unpack_bits.default(planes, flat.shape[1], [-1, 2], 0, per_row[2], 0, x.dtype)
         ctx.save_for_backward(planes if ctx.needs_input_grad[1] else None, outside, scale)
         ctx.layout, ctx.shape = layout, x.shape
-        return y.to(x.dtype).reshape(x.shape)
+        return y.reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...pairs.arguments import autocast_dtype
-from ..binarize import binarize
+from ..binarize import _statistics, binarize
 from ..binary_conv2d import binary_conv2d, geometry_of, pair
 from ..bit_tensor import BitTensor
 from ..patches import pack_kernel, pack_pixels
@@ -85,7 +85,9 @@ class BinaryConv2d(BinaryLayer):
         """The layer for inference, which holds bits instead of weights."""
         scale = self.packed_weight().scale
         with torch.no_grad():
-            signs = binarize(self.weight, self.weight_surrogate, center=self.center, scale=self._scale())
+            # Not times the scale: a learned one may be negative.
+            _, shift, _ = _statistics(self.weight, self._scale(), self.center, None, 0, True)
+            signs = binarize(self.weight, self.weight_surrogate, shift=shift)
             planes, popcounts = pack_kernel(signs)  # type: ignore[arg-type]
         columns = self.weight.shape[2] * self.weight.shape[3] * 8 * -(-self.weight.shape[1] // 8)
         bits = BitTensor(planes, popcounts, scale, columns, (2,), -1)

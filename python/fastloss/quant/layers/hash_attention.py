@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,9 +45,9 @@ class HashAttention(nn.Module):
         self.register_buffer("mean", torch.zeros(num_heads, supports))
 
     @torch.no_grad()
-    def learn(self, x: Tensor, *, topk: int = 10, generator: torch.Generator | None = None) -> None:
-        """Anchors are tokens of x [B, H, N, D] chosen at random, the same in every head; projection and mean of
-        `learn_hash`."""
+    def learn(self, x: Tensor, *, generator: torch.Generator | None = None, **options: Any) -> None:
+        """Anchors are tokens of x [B, H, N, D] chosen at random, the same in every head; projection and mean are those of
+        `learn_hash`, which takes `options` (topk, steps, learning_rate, momentum)."""
         heads, supports, width = self.anchors.shape
         if x.dim() != 4 or x.shape[1] != heads or x.shape[3] != width or x.shape[0] * x.shape[2] < supports:
             raise ValueError(f"x must be [B, {heads}, N, {width}] with at least {supports} tokens, got {list(x.shape)}")
@@ -55,7 +57,7 @@ class HashAttention(nn.Module):
         ]
         self.anchors.copy_(nn.functional.normalize(tokens[at.to(x.device)].transpose(0, 1), dim=-1))
         bits = self.projection.shape[1]
-        projection, mean = learn_hash(x, self.anchors, bits=bits, topk=topk, generator=generator)
+        projection, mean = learn_hash(x, self.anchors, bits=bits, generator=generator, **options)
         self.projection.copy_(projection)
         self.mean.copy_(mean)
 

@@ -117,7 +117,7 @@ def reuse_products(x: BitTensor, weight: BitTensor, order: ReuseOrder) -> Tensor
     check_product(x, weight)
     if order.parent.shape != (weight.rows,):
         raise ValueError(f"order must be that of {weight.rows} rows, got {len(order.parent)}")
-    a, w = unpack_bits(x, torch.int32).reshape(x.rows, -1), unpack_bits(weight, torch.int32)
+    a, w = unpack_bits(x, torch.int32).reshape(x.rows, x.columns), unpack_bits(weight, torch.int32)
     y = torch.empty(x.rows, weight.rows, dtype=torch.int32, device=x.device)
     for j, i in zip(order.order.tolist(), order.parent[order.order].tolist(), strict=True):
         if i < 0:
