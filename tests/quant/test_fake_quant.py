@@ -300,11 +300,14 @@ def test_errors() -> None:
     assert "float64" in fastloss.explain("fake_quant", x.double(), scale, None, None, 1, 1, *LEVELS["signed"])
 
 
-@pytest.mark.parametrize(("groups", "inner"), [(1, 1), (3, 64), (96, 1)])
-def test_a_scale_without_a_reciprocal_leaves_its_gradient_finite(isa: int, groups: int, inner: int) -> None:
-    x, g = torch.rand(32, 96) + 1.0, torch.randn(32, 96)
-    x = torch.where(torch.rand(32, 96) < 0.5, -x, x)
-    quantizer = (torch.full((groups,), 1e-40), None, None, groups, inner, -8.0, 7.0, 1.0, 0.0, False)
+@pytest.mark.parametrize(("groups", "inner"), [(1, 1), (3, 61), (61, 1), (3, 1891)])
+@pytest.mark.parametrize("size", [0.0, 1e-40])
+def test_a_scale_without_a_reciprocal_leaves_its_gradient_finite(
+    isa: int, groups: int, inner: int, size: float
+) -> None:
+    x, g = torch.rand(93, 61) + 1.0, torch.randn(93, 61)
+    x = torch.where(torch.rand(93, 61) < 0.5, -x, x)
+    quantizer = (torch.full((groups,), size), None, None, groups, inner, -8.0, 7.0, 1.0, 0.0, False)
     found = torch.ops.fastloss.fake_quant_backward(g, x, *quantizer, int(Grad.SCALE))[1]
     terms = g.double() * torch.where(x > 0, 7.0, -8.0)
     wanted = terms.sum().reshape(1) if groups == 1 else terms.reshape(-1, groups, inner).sum((0, 2))

@@ -269,3 +269,13 @@ def test_gradients_inside_and_after_the_block_and_checkpoints() -> None:
         again = torch.utils.checkpoint.checkpoint(lambda t: t.mul(1.0).sin().sum(), x, use_reentrant=False)
     assert (inside - wanted).norm() / wanted.norm() < 0.02
     assert (torch.autograd.grad(again, x)[0] - wanted).norm() / wanted.norm() < 0.02
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_group_larger_than_the_tensor_saves_no_padding(bits: int, ema: float | None) -> None:
+    x = torch.randn(7, 3)
+    encoded = ActivationCodec(bits, 1 << 40, ema=ema).encode(x)
+    assert encoded.nbytes == 22 * bits // 8 + 8
+    step = float(x.max() - x.min()) / (2**bits - 1)
+    assert float((encoded.decode() - x).abs().max()) <= step / 2 * (1 + 1e-5)

@@ -97,8 +97,9 @@ class ActivationCodec:
         flat = x.detach().reshape(-1)
         low, high = self._ranges(flat, x.shape[-1] if x.dim() else 1) if self.ema is not None else (None, None)
         seed = torch.randint(2**62, (1,), device=x.device) if self.stochastic else None
-        codes, low, step = _ops.quantize_groups.default(flat, self.group, self.bits, low, high, seed)
-        return EncodedActivation(codes, low, step, x.shape, x.dtype, self.group, self.bits)
+        group = min(self.group, max(2, flat.numel() + flat.numel() % 2))  # codes fill a whole group
+        codes, low, step = _ops.quantize_groups.default(flat, group, self.bits, low, high, seed)
+        return EncodedActivation(codes, low, step, x.shape, x.dtype, group, self.bits)
 
     def decode(self, encoded: EncodedActivation) -> Tensor:
         """x' of what `encode` returned."""
