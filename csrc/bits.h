@@ -20,8 +20,8 @@ inline int64_t row_bytes(int64_t columns) { return (columns + 8 * kRowBytes - 1)
 // `count` planes of `rows` x `row_bytes` bits without gaps: the value of column k of a row is offset + sum over the
 // planes p of weights[p] bit(p, k). Bits beyond the last column are 0.
 struct Planes {
-  const uint8_t *bits;       // [count][rows][row_bytes(columns)]
-  const int32_t *popcounts;  // [count][rows], or null where an op does not ask for them
+  const uint8_t *bits;      // [count][rows][row_bytes(columns)]
+  const int32_t *popcounts; // [count][rows], or null where an op does not ask for them
   int64_t rows, columns;
   int count;
   int weights[kMostPlanes];

@@ -312,3 +312,19 @@ def test_a_scale_without_a_reciprocal_leaves_its_gradient_finite(
     terms = g.double() * torch.where(x > 0, 7.0, -8.0)
     wanted = terms.sum().reshape(1) if groups == 1 else terms.reshape(-1, groups, inner).sum((0, 2))
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_two_in_one_graph_of_dynamic_shapes() -> None:
+    """The gradient factor depends on the shape, and is a symbol there."""
+    step = torch.tensor([0.1], requires_grad=True)
+
+    def twice(x: Tensor) -> Tensor:
+        return (fake_quant(fake_quant(x, step, bits=4) * 2, step, bits=4) * x.detach()).sum()
+
+    compiled = torch.compile(twice, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 3):
+        x = torch.randn(rows, 6, requires_grad=True)
+        for ours, wanted in zip(
+            torch.autograd.grad(compiled(x), (x, step)), torch.autograd.grad(twice(x), (x, step)), strict=True
+        ):
+            assert torch.allclose(ours, wanted, rtol=1e-5)

@@ -24,9 +24,9 @@ class Levels(NamedTuple):
 
     low: float
     high: float
-    steps: float = 1.0
-    shift: float = 0.0
-    rounded: bool = False  # whether v is rounded before the range is tested
+    steps: float
+    shift: float
+    rounded: bool  # whether v is rounded before the range is tested
 
     @property
     def largest(self) -> float:
@@ -41,18 +41,19 @@ def lsq_levels(bits: float, signed: bool = True) -> Levels:
     if bits != int(bits) or not 1 <= bits <= 16:
         raise ValueError(f"bits must be 1 to 16, got {bits}")
     if not signed:
-        return Levels(0.0, 2.0**bits - 1)
-    return Levels(-1.0, 1.0) if bits == 1 else Levels(-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+        return Levels(0.0, 2.0**bits - 1, 1.0, 0.0, False)
+    low, high = (-1.0, 1.0) if bits == 1 else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+    return Levels(low, high, 1.0, 0.0, False)
 
 
 def seq_levels(bits: float) -> Levels:
     """SEQ of ParetoQ, in units of the largest magnitude: bits 2 has +-1/4 and +-3/4; "1.58" (ternary) has 0 and
     +-2/3."""
     if bits in (1.58, 0):
-        return Levels(-_SEQ_LIMIT, _SEQ_LIMIT, 1.5, 0.0)
+        return Levels(-_SEQ_LIMIT, _SEQ_LIMIT, 1.5, 0.0, False)
     if bits != int(bits) or not 2 <= bits <= 8:
         raise ValueError(f"bits of SEQ must be 1.58 or 2 to 8, got {bits}")
-    return Levels(-_SEQ_LIMIT, _SEQ_LIMIT, 2.0 ** (bits - 1), 0.5)
+    return Levels(-_SEQ_LIMIT, _SEQ_LIMIT, 2.0 ** (bits - 1), 0.5, False)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,6 +152,12 @@ def quantised(
     """x on `levels`, each parameter flat, by whatever takes the transformation that is active."""
     if forward_mode_active():
         return _composed(x, scale, offset, zero_point, layout, levels, factor)
+    if torch.compiler.is_compiling():  # with dynamic shapes the factor is a symbol, which a Function does not take
+        scale = scale.detach() + (scale - scale.detach()) * factor
+        offset, zero_point = (
+            None if p is None else p.detach() + (p - p.detach()) * factor for p in (offset, zero_point)
+        )
+        factor = 1.0
     apply = (_FakeQuantFunctorch if functorch_active() else _FakeQuant).apply
     return apply(x, scale, offset, zero_point, layout, levels, factor)
 
