@@ -46,7 +46,7 @@ def test_backends_agree_and_leave_the_arguments_alone(op: str, dtype: torch.dtyp
     with registry.use_backend("reference"):
         wanted = registry.run(op, *arguments)
     apart = float(selftest._apart(got, wanted))
-    assert apart <= 2 * torch.finfo(dtype).eps, backend
+    assert apart <= 4 * torch.finfo(dtype).eps, backend  # both are rounded
 
 
 @pytest.mark.parametrize("op", selftest.OPS)

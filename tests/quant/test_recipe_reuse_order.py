@@ -71,3 +71,8 @@ def test_errors() -> None:
         reuse_order(torch.randn(4, 9))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="that of 4 rows"):
         reuse_products(weight, weight, reuse_order(pack_bits(torch.randn(3, 9))))
+
+
+def test_no_rows() -> None:
+    weight, x = pack_bits(torch.randn(7, 64)), pack_bits(torch.randn(0, 64))
+    assert reuse_products(x, weight, reuse_order(weight)).shape == (0, 7)

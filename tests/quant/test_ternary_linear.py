@@ -118,3 +118,18 @@ def test_autocast_and_refusals() -> None:
     ):
         with pytest.raises(error):
             call()
+
+
+@pytest.mark.parametrize("act_quant", [None, "int8row"])
+def test_forward_mode(act_quant: str | None) -> None:
+    x, w = torch.randn(3, 40, dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
+    dx, dw = torch.randn_like(x), torch.randn_like(w)
+
+    def layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return ternary_linear(x, w, act_quant=act_quant)
+
+    y, moved = torch.func.jvp(layer, (x, w), (dx, dw))
+    assert torch.allclose(y, layer(x, w), atol=1e-6)
+    cotangent, (a, b) = torch.randn_like(y), (x.clone().requires_grad_(), w.clone().requires_grad_())
+    gx, gw = torch.autograd.grad(layer(a, b), (a, b), cotangent)
+    assert torch.allclose((moved * cotangent).sum(), (gx * dx).sum() + (gw * dw).sum(), rtol=1e-6)

@@ -171,7 +171,9 @@ def binary_linear(
     if forward_mode_active():  # `binarize` has a composition that it takes
         signs = binarize(flat, input_surrogate, shift=input_shift, dim=-1)
         dense = binarize(weight, weight_surrogate, scale=scale, shift=shift)
-        y = torch.nn.functional.linear(signs.to(wide(x)), dense.to(wide(x)), None if bias is None else bias.to(wide(x)))  # type: ignore[union-attr]
+        assert isinstance(signs, Tensor) and isinstance(dense, Tensor)
+        y = signs.to(wide(x)) @ dense.to(wide(x)).T
+        y = y if bias is None else y + bias
         return y.to(autocast_dtype(x)).reshape(*x.shape[:-1], weight.shape[0])
     sides = _side(input_surrogate, input_layout, save == "auto"), _side(weight_surrogate, weight_layout, False)
     apply = (_BinaryLinearFunctorch if functorch_active() else _BinaryLinear).apply

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import functorch_active
+from ..autograd import forward_mode_active, functorch_active
 from ..pairs.arguments import autocast_dtype
 from .binarize import of_parameter
 from .binary_linear import check_weight
 from .contract import Pack
 from .lowbit_linear import check_act_quant, check_linear
-from .lowbit_matmul import Coding, integers, matmul, quantize_rows, ternary, transposed_matmul
+from .lowbit_matmul import Coding, dequantized, integers, matmul, quantize_rows, ternary, transposed_matmul
 from .ops import wide
 from .reference_bits import unpack
-from .ternarize import ternary_scale
+from .ternarize import ternarize, ternary_scale
 
 _ops = torch.ops.fastloss
 
@@ -122,6 +122,11 @@ def ternary_linear(
         middle = latent.mean().reshape(1) if dim is None else latent.mean(1)
     scale, threshold = ternary_scale(weight.detach() if detach else weight, method, dim, middle)
     x = x.to(autocast_dtype(x))
+    if forward_mode_active():  # `ternarize` has a composition that it takes
+        dense = ternarize(weight, method, dim=dim, surrogate=surrogate, center=center, detach=detach)
+        assert isinstance(dense, Tensor)
+        y = (dequantized(x.to(wide(x))) if quantize else x.to(wide(x))) @ dense.to(wide(x)).T
+        return (y if bias is None else y + bias).to(x.dtype)
     apply = (_TernaryLinearFunctorch if functorch_active() else _TernaryLinear).apply
     args = (x.reshape(-1, x.shape[-1]), weight, bias, scale, middle, threshold, surrogate == "clip", quantize)
     return apply(*args, x.dtype)[0].reshape(*x.shape[:-1], weight.shape[0])
