@@ -99,8 +99,8 @@ WRONG = [
     (of(dequantize, n=-1), r"n must be 0 to the 4 \* 4 numbers"),
     (of(dequantize, bits=3), "bits must be 4 or 8, got 3"),
     (of(pack, kind=9), "kind must be 0"),
-    (of(pack, kind=0, planes=3), "planes of sign must be 1, got 3"),
-    (of(pack, planes=9), "planes of codes must be 1 or 2 or 3 or 4, got 9"),
+    (of(pack, planes=9), "planes of codes must be 1 to 4, got 9"),
+    (of(pack, planes=0), "planes of codes must be 1 to 4, got 0"),
     (of(pack, scale=torch.ones(3, 1)), r"scale must be \[4 or 1, 1\], got \[3, 1\]"),
     (of(pack, scale=torch.ones(1, 1), group=-64), "group must be 0"),
     (of(pack, low=1 << 40), r"low must be in \[-128, 127\]"),
@@ -140,3 +140,10 @@ def test_a_parameter_that_is_no_tensor() -> None:
     for call in (lambda: quant.fake_quant(X, 0.5), lambda: quant.binarize(X, scale=0.5)):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="scale must be a tensor, got float"):
             call()
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_shapes_known_beforehand_are_those_made(kind: int, planes: int) -> None:
+    made, expected = pack(kind=kind, planes=planes), pack(X.to("meta"), kind, planes=planes)
+    assert [t.shape for t in made] == [t.shape for t in expected]

@@ -67,9 +67,8 @@ def pack_bits(
     _floating("x", x, 2)
     if kind not in tuple(Pack):
         raise ValueError(f"kind must be 0 (sign), 1 (ternary) or 2 (codes), got {kind}")
-    wanted = {Pack.SIGN: (1,), Pack.TERNARY: (2,)}.get(Pack(kind), tuple(range(1, _MOST_PLANES + 1)))
-    if planes not in wanted:
-        raise ValueError(f"planes of {Pack(kind).name.lower()} must be {' or '.join(map(str, wanted))}, got {planes}")
+    if kind == Pack.CODES and not 1 <= planes <= _MOST_PLANES:
+        raise ValueError(f"planes of codes must be 1 to {_MOST_PLANES}, got {planes}")
     if not -_LARGEST - 1 <= low <= _LARGEST:
         raise ValueError(f"low must be in [-{_LARGEST + 1}, {_LARGEST}], got {low}")
     _group_of_columns(group)

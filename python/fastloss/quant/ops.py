@@ -28,6 +28,7 @@ def _integers(like: Tensor, *shape: int) -> Tensor:
 def _pack_bits_fake(
     x: Tensor, kind: int, center: Tensor | None = None, scale: Tensor | None = None, group: int = 0, low: int = 0, planes: int = 1
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    planes = {0: 1, 1: 2}.get(kind, planes)  # signs have one, ternary numbers two
     return _bits(x, planes, *x.shape), _integers(x, planes, x.shape[0])
 
 
