@@ -173,14 +173,13 @@ def sums_over_pairs(
     size = (depth + with_sum) * columns
     context = torch.empty(groups * blocks, size, **number)
     codes = torch.empty(groups * blocks if with_d else 0, depth, **number)
-    most = (
-        WIDEST if z.data.dtype != torch.float32 else WIDEST // 2
-    )  # three products of float32 need twice the registers
+    exact = z.data.dtype == torch.float32  # three products, which need more registers
+    most = WIDEST // 2 if exact else WIDEST
     deep, across = (max(16, min(most, triton.next_power_of_2(n))) for n in (depth, columns))
     tiles = triton.cdiv(columns, across)
     # tf32 holds 16-bit numbers exactly, and sums of them better than their own dtype does; float32 takes three products.
-    precision = "tf32x3" if z.data.dtype == torch.float32 else "tf32"
-    shape = {"BT": TOKENS, "BA": deep, "BC": across, "PRECISION": precision, "num_warps": 4}
+    precision = "tf32x3" if exact else "tf32"
+    shape = {"BT": TOKENS, "BA": deep, "BC": across, "PRECISION": precision, "num_warps": 8 if exact else 4}
     if not groups or not queries:
         return y
     with on_device(x.data):
