@@ -102,7 +102,8 @@ double cost(const BitProducts &products, int engine) {
     return m * n * a_planes * b_planes * (lines * (engine == kPopcountEngine ? 1.5 : 4) + 3);
   }
   const double steps = std::ceil(double(products.a.columns) / 64), blocks = std::ceil(n / bits::kBlockColumns);
-  const double panels = steps * (m * blocks * (4 + a_planes / 2) + n * (4 + b_planes / 2)) + m * n / 8;
+  const double panels =
+      steps * (m * blocks * (4 + a_planes / 2) + n * (24 + b_planes / 2)) + m * n / 8; // right ones are turned
   if (engine == kVnniEngine) return 2000 + panels + m * std::ceil(n / 16) * 8 * steps;
   return 10000 + panels + std::ceil(m / 16) * std::ceil(n / 16) * 22 * (steps + 3);
 }
