@@ -122,4 +122,6 @@ def elastic_binarize(
         return run(x, scale, layout, factor)
     numbers = x.detach().to(wide(x))
     least = numbers.amin().reshape(1) if x.numel() else numbers.new_zeros(1)
-    return quantised(x, scale, least, None, layout, Levels(0.0, 2.0, 1.0, 0.0, False), _factor(grad_factor, sharing, 2.0))
+    return quantised(
+        x, scale, least, None, layout, Levels(0.0, 2.0, 1.0, 0.0, False), _factor(grad_factor, sharing, 2.0)
+    )
