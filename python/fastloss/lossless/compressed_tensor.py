@@ -1,0 +1,183 @@
+"""`CompressedTensor`: a tensor as a blob, and what can be done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from . import checksum, header
+from .contract import SLACK, Codec, Layout, Section
+from .errors import CorruptError
+
+VERIFY = ("full", "header", "off")
+
+
+def check_verify(verify: str) -> None:
+    """Raise ValueError unless `verify` is one of VERIFY."""
+    if verify not in VERIFY:
+        raise ValueError(f"verify must be one of {', '.join(VERIFY)}, got {verify!r}")
+
+
+class CompressedTensor:
+    """A tensor stored as a blob of bytes, bit for bit the same when it is decoded.
+
+    Args:
+        blob: 1-D uint8, on any device: what `compress` returned, or a file holds.
+
+    Raises FormatError or CorruptError where the blob is not one; the content of its sections is checked by `verify`
+    and by `decompress(verify="full")`.
+    """
+
+    __slots__ = ("blob", "header", "plan")
+
+    def __init__(self, blob: Tensor, known: header.Header | None = None) -> None:
+        self.header = header.read(blob) if known is None else known
+        self.blob = blob
+        self.plan = self.header.plan()
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor."""
+        return torch.Size(self.header.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensor."""
+        return self.header.dtype
+
+    @property
+    def codec(self) -> Codec:
+        """RAW, P7 or R8."""
+        return self.header.codec
+
+    @property
+    def layout(self) -> Layout:
+        """ROWS or TILES."""
+        return self.header.layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blob lies, and the decoded tensor will."""
+        return self.blob.device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the blob, metadata included."""
+        return self.header.bytes
+
+    def numel(self) -> int:
+        """The number of numbers."""
+        return self.header.numel
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CompressedTensor:
+        """The same blob on `device`."""
+        return CompressedTensor(self.blob.to(device, non_blocking=non_blocking), self.header)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> CompressedTensor:
+        """The same header with the blob that `function` makes of this one, which must keep its bytes."""
+        return CompressedTensor(function(self.blob), self.header)
+
+    def decompress(self, out: Tensor | None = None, verify: str = "full") -> Tensor:
+        """The tensor. See `fastloss.lossless.decompress`."""
+        check_verify(verify)
+        if out is not None:
+            _check_out(self, out)
+        if verify == "full":
+            return self._checked(out)
+        plain = torch.ops.fastloss.lossless_decode(self.blob, self.plan, 0, self.numel(), self.dtype)
+        plain = plain.reshape(self.shape)
+        return plain if out is None else out.copy_(plain)
+
+    def _checked(self, out: Tensor | None) -> Tensor:
+        self._check_content()
+        room = out if out is not None and out.is_contiguous() else None
+        flat = torch.empty(self.numel(), dtype=self.dtype, device=self.device) if room is None else room.reshape(-1)
+        if room is not None:  # the caller's tensor keeps its numbers unless every block is right
+            flat = torch.empty_like(flat)
+        bad = registry.run("lossless_decode_checked", self.blob, self.plan, flat) if self.numel() else -1
+        if bad >= 0:
+            raise CorruptError("the checksum of the numbers is wrong", block=bad)
+        plain = flat.reshape(self.shape)
+        return plain if out is None else out.copy_(plain)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the matrix [..., columns] by an integer tensor of any shape: [*index.shape, columns].
+
+        Only the touched rows are decoded. Raises IndexError (on a CPU) for a row that there is not.
+        """
+        flat = torch.ops.fastloss.lossless_rows(self.blob, self.plan, index.reshape(-1), self.dtype)
+        return flat.reshape(*index.shape, self.header.matrix[1])
+
+    def block(self, number: int) -> Tensor:
+        """The numbers of one block of 16,384 (1-D, sequence order for layout ROWS).
+
+        Raises IndexError where there is no such block.
+        """
+        from .contract import BLOCK, blocks_of
+
+        blocks = blocks_of(self.numel())
+        if not 0 <= number < blocks:
+            raise IndexError(f"block {number} is out of range: there are {blocks}")
+        first = number * BLOCK
+        count = min(BLOCK, self.numel() - first)
+        return torch.ops.fastloss.lossless_decode(self.blob, self.plan, first, count, self.dtype)
+
+    def verify(self) -> None:
+        """Raise CorruptError unless every byte of the blob, and every decoded number, is as it was written."""
+        fresh = header.read(self.blob)
+        end = header._aligned(header._header_bytes(len(fresh.shape), len(fresh.sections)))
+        head = len(header.write(fresh))
+        gaps = [(head, end)]
+        for kind, (offset, count, crc) in fresh.sections.items():
+            if checksum.of(self.blob[offset : offset + count]) != crc:
+                raise CorruptError(f"the checksum of section {Section(kind).name} is wrong")
+            end = header._aligned(offset + count)
+            gaps.append((offset + count, end))
+        gaps.append((end, end + SLACK))
+        if any(bool(self.blob[a:b].any()) for a, b in gaps):
+            raise CorruptError("bytes between sections are not zero")
+        self._checked(None)
+
+    def _check_content(self) -> None:
+        """Raise CorruptError where tables and offsets contradict the contract (kernels survive it; numbers do not)."""
+        sections = self.header.sections
+
+        def part(kind: int, dtype: torch.dtype) -> Tensor:
+            offset, count, _ = sections[kind]
+            return self.blob[offset : offset + count].clone().view(dtype)
+
+        for kind in range(Section.FIELD_FREQUENCIES, Section.RAW, 3):
+            if kind in sections:
+                if not 1 <= int(part(kind, torch.uint8).sum()) <= 255:
+                    raise CorruptError(f"section {Section(kind).name} does not share 256 slots")
+                self._check_offsets(part(kind + 1, torch.int64), sections[kind + 2][1], Section(kind + 1).name)
+        if Section.ESCAPE_OFFSETS in sections:
+            escapes = sections.get(Section.ESCAPE_POSITIONS, (0, 0, 0))[1] // 2
+            self._check_offsets(part(Section.ESCAPE_OFFSETS, torch.int64), escapes, "ESCAPE_OFFSETS")
+
+    def _check_offsets(self, offsets: Tensor, total: int, name: str) -> None:
+        steps = offsets[1:] - offsets[:-1]
+        if int(offsets[0]) != 0 or int(offsets[-1]) != total or bool((steps < 0).any()):
+            raise CorruptError(f"section {name} does not rise from 0 to {total}")
+
+    def __repr__(self) -> str:
+        dense = self.numel() * self.dtype.itemsize
+        share = f", {100 * self.nbytes / dense:.1f} %" if dense else ""
+        return (
+            f"CompressedTensor(shape={list(self.shape)}, dtype={self.dtype}, codec={self.codec.name}, "
+            f"layout={self.layout.name}, device={self.device}, {self.nbytes} bytes{share})"
+        )
+
+
+def _check_out(compressed: CompressedTensor, out: Tensor) -> None:
+    if out.dtype != compressed.dtype:
+        raise TypeError(f"out must be {compressed.dtype}, got {out.dtype}")
+    if out.shape != compressed.shape:
+        raise ValueError(f"out must have shape {list(compressed.shape)}, got {list(out.shape)}")
+    if out.device != compressed.device:
+        raise ValueError(f"out must be on {compressed.device}, got {out.device}")
+    if out.requires_grad:
+        raise ValueError("out must not require a gradient: decoded numbers have none")
