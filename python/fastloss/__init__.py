@@ -34,7 +34,7 @@ from .terms import HLGauss, RowTerm, TeacherHead
 from .token_logp import token_logp, token_logp_of_logits, token_mask
 from .wide_statistics import WideRowStats
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "BackendError",
