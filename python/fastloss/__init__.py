@@ -1,7 +1,7 @@
 """Fused loss and head kernels for PyTorch: large-vocabulary softmax without the logits, drop-in for torch.nn losses;
 contrastive losses without the similarities; one-bit and low-bit training and inference."""
 
-from . import contrastive, functional, losses, nn, quant, terms
+from . import contrastive, functional, losses, lossless, nn, quant, terms
 from .device_checks import check_device_targets
 from .distillation_modules import boundary_distillation, multi_aspect_distillation
 from .engine import linear_row_stats, row_stats
@@ -74,6 +74,7 @@ __all__ = [
     "linear_sample",
     "linear_topk",
     "losses",
+    "lossless",
     "multi_aspect_distillation",
     "nn",
     "pair_histogram",
