@@ -99,6 +99,7 @@ void bind_lowbit(py::module_ &m);    // bindings_lowbit.cpp
 void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
 void bind_bits_cuda(py::module_ &m); // bindings_bits_cuda.cpp
 void bind_quant(py::module_ &m);     // bindings_quant.cpp
+void bind_lossless(py::module_ &m);  // bindings_lossless.cpp
 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
@@ -357,6 +358,7 @@ PYBIND11_MODULE(_C, m) {
   bind_pair_maps(m);
   bind_bits_cuda(m);
   bind_quant(m);
+  bind_lossless(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;
