@@ -228,3 +228,6 @@ def hash_attention_cpu(
 def hash_slopes_cpu(
     *, grad: int, out: int, d: int, inverse: int, slope: int, tokens: int, width: int, dtype: int, isa: int
 ) -> None: ...
+def r8_decode_cpu(
+    *, frequencies: int, offsets: int, data: int, data_bytes: int, numel: int, out: int, isa: int
+) -> None: ...  # fmt: skip
