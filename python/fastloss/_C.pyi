@@ -236,3 +236,6 @@ def lossless_rows_cpu(
     *, blob: int, plan: list[int], item: int, index: int, count: int, out: int, isa: int
 ) -> int: ...  # fmt: skip
 def crc32c_cpu(*, data: int, bytes: int, block: int, crcs: int, isa: int) -> None: ...
+def r8_decode_cpu(
+    *, frequencies: int, offsets: int, data: int, data_bytes: int, numel: int, out: int, isa: int
+) -> None: ...  # fmt: skip
