@@ -109,5 +109,4 @@ _define(
     _check_dfloat11,
 )
 
-from . import reference  # noqa: E402,F401  (registers its kernels)
-from . import cpp_decode  # noqa: E402,F401
+from . import cpp_decode, reference  # noqa: E402,F401  (they register their kernels)
