@@ -109,4 +109,4 @@ _define(
     _check_dfloat11,
 )
 
-from . import reference  # noqa: E402,F401  (registers its kernels)
+from . import cpp_r8, reference  # noqa: E402,F401  (register their kernels)
