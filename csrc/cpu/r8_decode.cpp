@@ -21,10 +21,10 @@ void decode(const RansTable &table, RansStream stream, uint8_t *out) {
     for (int lane = 0; lane < kRansLanes; ++lane) {
       const uint32_t x = states[lane], entry = entries[x & 255];
       const uint32_t after = (entry & 255) * (x >> 8) + (entry >> 8 & 255);
-      const bool need = after < 256;
+      const uint32_t need = after < 256; // 0 or 1: as a branch it would be guessed wrong all the time
       out[lane] = uint8_t(entry >> 16);
       escapes |= entry >> 24 << lane;
-      states[lane] = uint16_t(need ? after << 8 | *cursor : after);
+      states[lane] = uint16_t(after << 8 * need | (*cursor & (0 - need)));
       cursor += need;
     }
     stream.cursor = std::min(cursor, stream.end);

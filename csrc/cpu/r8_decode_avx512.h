@@ -60,6 +60,17 @@ FASTLOSS_VBMI_INLINE __m512i take_bytes(__m512i x, __m512i twice, __m512i high_b
   return _mm512_mask_shldi_epi16(x, need, x, bytes, 8);
 }
 
+// The escaped bytes of a step, as read_literals.
+FASTLOSS_VBMI static void expand_literals(RansStream &stream, __mmask32 lanes, uint8_t *out) {
+  const int count = int(_mm_popcnt_u32(lanes));
+  if (stream.literal - stream.begin < 32) return read_literals(stream, lanes, out);
+  const __m256i turn = _mm256_set_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
+                                       23, 24, 25, 26, 27, 28, 29, 30, 31);
+  const __m256i next = _mm256_permutexvar_epi8(turn, _mm256_loadu_si256((const __m256i *)(stream.literal - 32)));
+  _mm256_mask_storeu_epi8(out, lanes, _mm256_maskz_expand_epi8(lanes, next));
+  stream.literal -= count;
+}
+
 template <class Table, int kPairs>
 FASTLOSS_VBMI void decode_pairs(const RansTable &slots, RansStream *streams, uint8_t *const *out, int64_t steps) {
   const Table table = Table::of(slots);
@@ -95,8 +106,8 @@ FASTLOSS_VBMI void decode_pairs(const RansTable &slots, RansStream *streams, uin
     }
     if (__builtin_expect(any != 0, 0))
       for (int p = 0; p < kPairs; ++p) {
-        read_literals(streams[2 * p], _pext_u64(escapes[p], 0x5555555555555555), out[2 * p] + at);
-        read_literals(streams[2 * p + 1], _pext_u64(escapes[p], 0xaaaaaaaaaaaaaaaa), out[2 * p + 1] + at);
+        expand_literals(streams[2 * p], uint32_t(_pext_u64(escapes[p], 0x5555555555555555)), out[2 * p] + at);
+        expand_literals(streams[2 * p + 1], uint32_t(_pext_u64(escapes[p], 0xaaaaaaaaaaaaaaaa)), out[2 * p + 1] + at);
       }
   }
 }

@@ -40,10 +40,10 @@ struct Encoder {
         const Symbol &s = symbols[byte];
         any |= escapes[byte];
         uint32_t x = block.states[lane];
-        const bool full = x >= s.full;
+        const uint32_t full = x >= s.full; // 0 or 1: as a branch it would be guessed wrong all the time
         *stream = uint8_t(x);
         stream += full;
-        x = full ? x >> 8 : x;
+        x ^= (x ^ x >> 8) & (0 - full);
         block.states[lane] = uint16_t(x + s.rest * uint32_t(uint64_t(x) * s.reciprocal >> 24) + s.start);
       }
       for (int lane = kRansLanes - 1; any && lane >= 0; --lane)
