@@ -96,6 +96,7 @@ void bind_bits(py::module_ &m);      // bindings_bits.cpp
 void bind_groups(py::module_ &m);    // bindings_groups.cpp
 void bind_hash(py::module_ &m);      // bindings_hash.cpp
 void bind_lowbit(py::module_ &m);    // bindings_lowbit.cpp
+void bind_lossless_encode(py::module_ &m); // bindings_lossless_encode.cpp
 void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
 void bind_bits_cuda(py::module_ &m); // bindings_bits_cuda.cpp
 void bind_quant(py::module_ &m);     // bindings_quant.cpp
@@ -354,6 +355,7 @@ PYBIND11_MODULE(_C, m) {
   bind_groups(m);
   bind_hash(m);
   bind_lowbit(m);
+  bind_lossless_encode(m);
   bind_pair_maps(m);
   bind_bits_cuda(m);
   bind_quant(m);
