@@ -110,3 +110,4 @@ _define(
 )
 
 from . import reference  # noqa: E402,F401  (registers its kernels)
+from . import cpp_decode  # noqa: E402,F401
