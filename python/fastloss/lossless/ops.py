@@ -110,3 +110,4 @@ _define(
 )
 
 from . import reference  # noqa: E402,F401  (registers its kernels)
+from . import triton_ops  # noqa: E402,F401
