@@ -21,13 +21,15 @@ _SUFFIX = ".partial"
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends well, and vanishes when it does not.
 
-    The bytes are on the disk before the name points at them. What killed writers of the same name left behind is removed.
+    The bytes are on the disk before the name points at them; until then they are under `file.name`. What killed writers of
+    the same name left behind is removed.
     """
     target = Path(path)
     _remove_stale(target)
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent)
+    os.close(descriptor)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(name, "wb") as file:
             if fcntl is not None:  # says that the writer lives; the system lets go of it when the process dies
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield file
@@ -35,9 +37,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             if hasattr(os, "fchmod"):
                 os.fchmod(file.fileno(), _mode(target))
             os.fsync(file.fileno())
-            if os.name == "posix":
+            if os.name == "posix":  # while the lock is held, or a cleaner could take it away
                 os.replace(name, target)
-        if os.name != "posix":
+        if os.name != "posix":  # open files have no new name there
             os.replace(name, target)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -18,13 +18,16 @@ from torch import Tensor
 from . import checksum
 from .errors import CorruptError
 
-#: The names of dtypes in a .safetensors header. Those of torch that are missing here are stored as blobs.
+#: The names of dtypes in a .safetensors header. Numbers of other dtypes exist as blobs only.
 NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
+#: Dtypes that only recent releases of the package know: in compressed files they are blobs, so that any release opens these.
+RECENT = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
 _ALIGNMENT = 64
 
 
@@ -39,6 +42,11 @@ class Stored(NamedTuple):
     def nbytes(self) -> int:
         """The bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def can_be_plain(dtype: torch.dtype) -> bool:
+    """Whether a compressed file may hold numbers of this dtype as they are."""
+    return dtype in NAMES and dtype not in RECENT
 
 
 def compact(value: Any) -> str:

@@ -16,8 +16,6 @@ def _table() -> list[int]:
 
 
 _TABLE = _table()
-#: Blocks fewer than which a loop over bytes beats one over tensors.
-_FEW = 100
 
 
 def of_blocks(data: Tensor, block: int) -> Tensor:
@@ -25,9 +23,6 @@ def of_blocks(data: Tensor, block: int) -> Tensor:
     table = torch.tensor(_TABLE, device=data.device)
     size = data.numel()
     count = -(-size // block)
-    if data.device.type == "cpu" and count < _FEW:
-        raw = data.numpy().tobytes()
-        return torch.tensor([of_bytes(raw[i : i + block]) for i in range(0, size, block)], dtype=torch.int64)
     lengths = (size - torch.arange(count, device=data.device) * block).clamp(max=block)
     rows = torch.nn.functional.pad(data, (0, count * block - size)).reshape(count, block).to(torch.int64)
     crc = torch.full((count,), 0xFFFFFFFF, dtype=torch.int64, device=data.device)

@@ -48,7 +48,9 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def metadata_of(entries: Mapping[str, Entry], stored: Iterable[container.Stored], user: Mapping[str, str]) -> dict[str, str]:
+def metadata_of(
+    entries: Mapping[str, Entry], stored: Iterable[container.Stored], user: Mapping[str, str]
+) -> dict[str, str]:
     """The whole metadata of a file: the user's and ours."""
     tensors: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():

@@ -16,6 +16,7 @@ from .compress import CODECS, TIERS, compress
 from .compressed_tensor import CompressedTensor
 from .contract import BLOCK, DTYPES, NUMBERS, P7_NUMBERS, Codec, Section
 from .crc32c_combine import combined
+from .errors import CorruptError
 from .file_index import PLAIN, PREFIX, SUFFIX, Entry, metadata_of
 
 #: Tensors of fewer bytes stay as they are: their blobs would save little, and other tools can read them so.
@@ -31,6 +32,7 @@ def save_file(
     *,
     min_bytes: int = MIN_BYTES,
     workers: int = 1,
+    verify: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> None:
     """Write tensors to a `.safetensors` file, compressed: `load_file` gives back every bit, any tool can list the file.
@@ -49,13 +51,15 @@ def save_file(
         codec: "auto" (that of the tier), "r8", "p7", or "raw" (nothing is compressed, everything has a checksum).
         min_bytes: the size from which a tensor is compressed.
         workers: tensors that are compressed at the same time.
-        progress: called with (name, bytes of the tensor) after each.
+        verify: read everything back and compare it with the tensors before the file takes its name.
+        progress: called with (name, bytes of the tensor) after each, and once more after each that was read back.
 
     Raises:
         TypeError: what is no tensor, a dtype or layout in memory that cannot be stored, metadata that are not strings.
         ValueError: an unknown tier or codec, a name that the container reserves, no worker.
         ImportError: the `safetensors` package is missing.
         OSError: the file cannot be written.
+        CorruptError: what was read back is not what was written.
     """
     container.package()
     user = dict(metadata or {})
@@ -69,9 +73,14 @@ def save_file(
     )
     with replacing(filename) as file:
         container.write(file, stored, metadata_of(entries, stored, user), (content[s.name] for s in stored))
+        if verify:
+            file.flush()
+            _read_back(tensors, file.name, progress)
 
 
-def _check(tensors: Mapping[str, Tensor | CompressedTensor], user: dict[str, str], tier: str, codec: str, workers: int) -> None:
+def _check(
+    tensors: Mapping[str, Tensor | CompressedTensor], user: dict[str, str], tier: str, codec: str, workers: int
+) -> None:
     if tier not in TIERS:
         raise ValueError(f"tier must be one of {', '.join(TIERS)}, got {tier!r}")
     if codec != "auto" and codec not in CODECS:
@@ -142,6 +151,23 @@ def _collect(
     return content, entries
 
 
+def _read_back(
+    tensors: Mapping[str, Tensor | CompressedTensor], path: str, progress: Callable[[str, int], None] | None
+) -> None:
+    from .safe_open import safe_open
+
+    with safe_open(path) as file:
+        for name, tensor in tensors.items():
+            if isinstance(tensor, CompressedTensor):
+                want, got = tensor.blob, file.get_compressed(name).blob
+            else:
+                want, got = tensor, file.get_tensor(name)
+            if (want.dtype, want.shape) != (got.dtype, got.shape) or not _same(want, got):
+                raise CorruptError("what was read back is not what was written", name)
+            if progress is not None:
+                progress(name, tensor.numel() * tensor.dtype.itemsize)
+
+
 def _first_of_tied(tensors: Mapping[str, Tensor | CompressedTensor]) -> dict[str, str]:
     """name -> the first name of the same memory, shape and strides."""
     names: dict[tuple[object, ...], str] = {}
@@ -150,7 +176,15 @@ def _first_of_tied(tensors: Mapping[str, Tensor | CompressedTensor]) -> dict[str
         if isinstance(tensor, CompressedTensor):
             key: tuple[object, ...] = (tensor.blob.device, tensor.blob.data_ptr())
         elif tensor.numel():
-            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+            key = (
+                tensor.device,
+                tensor.data_ptr(),
+                tensor.dtype,
+                tensor.shape,
+                tensor.stride(),
+                tensor.is_conj(),
+                tensor.is_neg(),
+            )
         else:
             key = (name,)
         first[name] = names.setdefault(key, name)
@@ -174,11 +208,11 @@ def _stored(tensor: Tensor | CompressedTensor, tier: str, codec: str, min_bytes:
         tensor = tensor.detach().resolve_conj().resolve_neg()
         if _is_worth_it(tensor, tier, codec, min_bytes):
             compressed = compress(tensor, codec, tier)
-        elif tensor.dtype not in container.NAMES:
+        elif not container.can_be_plain(tensor.dtype):
             compressed = compress(tensor, "raw")
         else:
             compressed = None
-        if compressed is None or (compressed.codec == Codec.RAW and tensor.dtype in container.NAMES):
+        if compressed is None or (compressed.codec == Codec.RAW and container.can_be_plain(tensor.dtype)):
             plain = container.raw_bytes(tensor)
             return plain.view(tensor.dtype).reshape(tensor.shape), PLAIN, checksum.of(plain)
     else:

@@ -56,7 +56,8 @@ class TensorSlice:
                 raise IndexError(f"row {first} is out of bounds: tensor {self._name!r} has {rows}")
             begin = first % rows
             end, first = begin + 1, 0
-        return self._rows(source, begin, end)[(first, *rest)].clone()
+        key = (first, *rest)
+        return self._rows(source, begin, end)[key].clone()
 
     def _rows(self, source: CompressedTensor, begin: int, end: int) -> Tensor:
         """Rows begin..end of the first dimension."""
