@@ -1,6 +1,6 @@
 // docs/design.md, "The lossless contract": the split of numbers, a block a task, and exact counts of bytes.
 #include "lossless_split.h"
-#include "block_runs.h"
+#include "encoder_blocks.h"
 #include "simd.h"
 
 #include <stdexcept>

@@ -2,6 +2,7 @@
 // shuffles hold the whole table in registers.
 #pragma once
 #include "../lossless.h"
+#include "simd.h"
 
 #include <cstring>
 #include <string>

@@ -1,7 +1,7 @@
 // docs/design.md, "The lossless contract": P7's histogram and encoder. A block is split, then its codes are looked up, then
 // what escaped is taken out of the planes; all of it in the first-level cache.
 #include "p7_encode.h"
-#include "block_runs.h"
+#include "encoder_blocks.h"
 #include "p7_codes.h"
 
 namespace fastloss {
