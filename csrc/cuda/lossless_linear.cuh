@@ -20,7 +20,7 @@ constexpr int kInputTile = 8 * kUnitColumns * 2; // eight rows of x
 
 // What the kernel reads, by value.
 struct LinearOperands {
-  const uint8_t *table, *codes, *plane; // plane null: all zero
+  const uint8_t *table, *codes, *plane;
   const uint64_t *escape_offsets;
   const uint16_t *escape_positions;
   const unsigned *escape_values; // two numbers each
@@ -67,20 +67,18 @@ template <int LAYOUT> class Units;
 
 template <> class Units<kLayoutTiles> {
 public:
-  __device__ Units(const LinearOperands &p, int64_t band, int lane)
-      : codes_(p.codes + band * p.units * kUnitCodes + lane * 16),
-        plane_(p.plane ? p.plane + band * p.units * kUnitPlane + lane * 16 : codes_), plane_bytes_(p.plane ? 16 : 0),
-        lane_(lane) {}
+  __device__ Units(const LinearOperands &p, int64_t band, int first, int lane)
+      : codes_(p.codes + (band * p.units + first) * kUnitCodes + lane * 16),
+        plane_(p.plane + (band * p.units + first) * kUnitPlane + lane * 16), lane_(lane) {}
 
-  // cp.async of a unit, by a warp.
-  __device__ void stage(SharedAddress to, int unit) const {
-    const uint8_t *const plane = plane_ + (plane_bytes_ ? int64_t(unit) * kUnitPlane : 0);
-    const uint8_t *const codes = codes_ + int64_t(unit) * kUnitCodes;
+  // cp.async of the next unit, by a warp.
+  __device__ void stage(SharedAddress to) {
     const int chunk = (lane_ ^ (lane_ >> 3 & 3)) * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) cp_async16(to + chunk + 512 * i, plane + (plane_bytes_ ? 512 * i : 0), plane_bytes_);
-    cp_async16(to + kUnitPlane + lane_ * 16, codes);
-    if (lane_ < 24) cp_async16(to + kUnitPlane + 512 + lane_ * 16, codes + 512);
+    for (int i = 0; i < 4; ++i) cp_async16(to + chunk + 512 * i, plane_ + 512 * i);
+    cp_async16(to + kUnitPlane + lane_ * 16, codes_);
+    if (lane_ < 24) cp_async16(to + kUnitPlane + 512 + lane_ * 16, codes_ + 512);
+    plane_ += kUnitPlane, codes_ += kUnitCodes;
   }
 
   // The bytes of this lane.
@@ -109,37 +107,32 @@ public:
 
 private:
   const uint8_t *codes_, *plane_;
-  unsigned plane_bytes_;
   int lane_;
   unsigned plane_words_[16], code_words_[7];
 };
 
 template <> class Units<kLayoutRows> {
 public:
-  __device__ Units(const LinearOperands &p, int64_t band, int lane)
-      : codes_(p.codes), plane_(p.plane ? p.plane : p.codes), plane_bytes_(p.plane ? 16 : 0), lane_(lane) {
-    const int64_t first = band * kUnitRows;
-    const int last = int(min(p.rows - first, int64_t(kUnitRows)) - 1); // rows beyond are copies of it
-    codes_ += first * p.units * 56;
-    if (plane_bytes_) plane_ += first * p.units * kUnitColumns;
+  __device__ Units(const LinearOperands &p, int64_t band, int first, int lane)
+      : codes_(p.codes + (band * kUnitRows * p.units + first) * 56),
+        plane_(p.plane + (band * kUnitRows * p.units + first) * kUnitColumns), lane_(lane) {
+    const int last = int(min(p.rows - band * kUnitRows, int64_t(kUnitRows)) - 1); // rows beyond are copies of it
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int in_codes = 32 * i + lane;
       from_codes_[i] = unsigned(min(in_codes / 7, last) * p.units * 56 + in_codes % 7 * 8);
-      from_plane_[i] =
-          plane_bytes_ ? unsigned(min(4 * i + lane / 8, last) * p.units * kUnitColumns + lane % 8 * 16) : 0;
+      from_plane_[i] = unsigned(min(4 * i + lane / 8, last) * p.units * kUnitColumns + lane % 8 * 16);
     }
   }
 
-  __device__ void stage(SharedAddress to, int unit) const {
-    const uint8_t *const plane = plane_ + (plane_bytes_ ? int64_t(unit) * kUnitColumns : 0);
-    const uint8_t *const codes = codes_ + int64_t(unit) * 56;
+  __device__ void stage(SharedAddress to) {
     const int chunk = (lane_ ^ (lane_ >> 3 & 1)) * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) cp_async16(to + chunk + 512 * i, plane + from_plane_[i], plane_bytes_);
+    for (int i = 0; i < 4; ++i) cp_async16(to + chunk + 512 * i, plane_ + from_plane_[i]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) // 56 bytes of a row: aligned to 8
-      if (i < 3 || lane_ < 16) cp_async8(to + kUnitPlane + 256 * i + lane_ * 8, codes + from_codes_[i]);
+      if (i < 3 || lane_ < 16) cp_async8(to + kUnitPlane + 256 * i + lane_ * 8, codes_ + from_codes_[i]);
+    plane_ += kUnitColumns, codes_ += 56;
   }
 
   // Of rows g and g + 8 the numbers 32 t to 32 t + 31; their codes begin in the middle of a word where t is odd.
@@ -174,7 +167,7 @@ public:
 
 private:
   const uint8_t *codes_, *plane_;
-  unsigned plane_bytes_, from_codes_[4], from_plane_[4];
+  unsigned from_codes_[4], from_plane_[4];
   int lane_;
   unsigned plane_words_[2][8], code_words_[2][4];
 };

@@ -46,11 +46,10 @@ class CLinear(ctypes.Structure):
 
 
 def aligned(x: NDArray[Any]) -> NDArray[Any]:
-    """A copy at a multiple of 64 bytes, nothing behind it."""
-    size = x.size * x.itemsize
-    memory = np.empty(63 + size, np.uint8)
-    start = -memory.ctypes.data % 64  # up to 63 bytes behind it: an allocator's 16 leave 15 on average
-    out = memory[start : start + size].view(x.dtype)
+    """A 1-D copy at a multiple of 16 bytes, nothing behind it."""
+    out = np.empty(x.size * x.itemsize, np.uint8).view(x.dtype)
+    if out.ctypes.data % 16:
+        raise RuntimeError(f"an array of {out.nbytes} bytes lies at {out.ctypes.data}: allocators align to 16")
     out[:] = x.reshape(-1)
     return out
 
