@@ -1,9 +1,9 @@
-// lossless_linear (docs/design.md, "The lossless contract"): y = x Wᵀ + bias from the P7 blob of a bf16 matrix, which is
-// decoded into the registers of the tensor cores and nowhere else.
+// lossless_linear (docs/design.md, "The lossless contract"): y = x Wᵀ + bias from the P7 blob of a bf16 matrix, which
+// is decoded into the registers of the tensor cores and nowhere else.
 //
-// A warp has a band of 16 rows, a block eight bands and a part of the columns. The blocks that share rows are a cluster:
-// each leaves its sums in shared memory, and they are added in the order of the parts, so that the result is the same
-// every time. Below sm_90 the sums go through memory, to a second kernel.
+// A warp has a band of 16 rows, a block eight bands and a part of the columns. The blocks that share rows are a
+// cluster: each leaves its sums in shared memory, and they are added in the order of the parts, so that the result is
+// the same every time. Below sm_90 the sums go through memory, to a second kernel.
 //
 // Escaped pairs are +0 in the matrix of codes. They are eight more columns each time eight of them are read: pair p of
 // the list is columns 2 p and 2 p + 1 of a matrix that is zero but in the row of the pair, and the same tensor core
@@ -81,8 +81,7 @@ __device__ inline __nv_bfloat16 rounded(float y, const __nv_bfloat16 *bias, int6
 }
 
 template <int LAYOUT, int TILES>
-__global__ void __launch_bounds__(kThreads, 2)
-    lossless_linear_kernel(const __grid_constant__ LinearOperands p) {
+__global__ void __launch_bounds__(kThreads, 2) lossless_linear_kernel(const __grid_constant__ LinearOperands p) {
   using S = Stages<TILES>;
   SHARED_DYNAMIC(char, shared);
   char *const stages = shared + kTableBytes;

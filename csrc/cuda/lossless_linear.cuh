@@ -1,12 +1,13 @@
 // How a warp reads units of 16 x 128 numbers of a P7 matrix as A fragments of mma.m16n8k16, in either layout.
 //
-// A stage in shared memory holds a unit for each warp, 2048 bytes of the plane and 896 of codes as cp.async brings them,
-// and 128 columns of x. Layout tiles has the numbers of a lane one behind the other. Of layout rows a lane takes 32
-// consecutive numbers of two rows: in which order a product runs through its columns is free, as long as x goes along.
+// A stage in shared memory holds a unit for each warp, 2048 bytes of the plane and 896 of codes as cp.async brings
+// them, and 128 columns of x. Layout tiles has the numbers of a lane one behind the other. Of layout rows a lane takes
+// 32 consecutive numbers of two rows: in which order a product runs through its columns is free, as long as x goes
+// along.
 //
-// Bank conflicts, counted in wavefronts of 128 bytes for a warp and unit: the plane 16 to write and 16 to read (chunks of
-// 16 bytes are exchanged by row), codes 7 and 7 (tiles: a stride of 7 words is odd; rows: 16, as lanes 2 and 3 of a row
-// meet others), x 16 for every eight of its rows, the table 32 (a copy of its 128 entries in every bank).
+// Bank conflicts, counted in wavefronts of 128 bytes for a warp and unit: the plane 16 to write and 16 to read (chunks
+// of 16 bytes are exchanged by row), codes 7 and 7 (tiles: a stride of 7 words is odd; rows: 16, as lanes 2 and 3 of a
+// row meet others), x 16 for every eight of its rows, the table 32 (a copy of its 128 entries in every bank).
 #pragma once
 #include "common.cuh"
 #include "lossless_linear.h"
@@ -40,8 +41,8 @@ __device__ inline void fill_table(const uint8_t *table, char *shared, int thread
   }
 }
 
-// The address in this lane's copy of the table of code `pair` of a string of codes of 7 bits. All but the words is known
-// when it is compiled: a shift, and a merge.
+// The address in this lane's copy of the table of code `pair` of a string of codes of 7 bits. All but the words is
+// known when it is compiled: a shift, and a merge.
 __device__ __forceinline__ unsigned code_address(const unsigned *words, int pair, unsigned lane_offset) {
   const int word = 7 * pair / 32, bit = 7 * pair % 32;
   unsigned v;
@@ -143,7 +144,8 @@ public:
       const char *const plane = unit + (g + 8 * half) * 128;
       load4(plane_words_[half], plane + (2 * t ^ (g & 1)) * 16);
       load4(plane_words_[half] + 4, plane + ((2 * t + 1) ^ (g & 1)) * 16);
-      const unsigned *const codes = reinterpret_cast<const unsigned *>(unit + kUnitPlane + (g + 8 * half) * 56) + 7 * t / 2;
+      const unsigned *const codes =
+          reinterpret_cast<const unsigned *>(unit + kUnitPlane + (g + 8 * half) * 56) + 7 * t / 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         code_words_[half][i] = __funnelshift_r(codes[i], i < 3 ? codes[i + 1] : 0, 16 * (t & 1));
@@ -157,9 +159,7 @@ public:
   }
 
   // A lane reads 64 consecutive bytes of a row.
-  static __device__ int input_chunk(int row, int chunk) {
-    return row * 16 + (chunk ^ (chunk >> 3) ^ (row & 1) * 2);
-  }
+  static __device__ int input_chunk(int row, int chunk) { return row * 16 + (chunk ^ (chunk >> 3) ^ (row & 1) * 2); }
   __device__ void inputs(unsigned (&b)[4], char *tile, int s) const {
     const int row = lane_ >> 2, chunk = 4 * (lane_ & 3) + s;
     load4(b, tile + input_chunk(row, chunk) * 16);

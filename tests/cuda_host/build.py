@@ -122,6 +122,7 @@ def load(path: Path) -> ctypes.CDLL:
         "c_edge_sum",
         "c_launch",
         "c_lossless_linear",
+        "c_lossless_linear_blob",
         "c_pointwise",
         "c_region_stats",
         "c_run",
