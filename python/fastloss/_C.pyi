@@ -182,6 +182,11 @@ def hamming_topk_cuda(
     device: int, stream: int,
 ) -> None: ...  # fmt: skip
 
+def lossless_linear_parts_cuda(rows: int, columns: int, device: int) -> int: ...
+def lossless_linear_cuda(
+    *, x: int, n: int, blob: int, plan: list[int], bias: int, out: int, parts: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+
 class FakeQuant:
     """csrc/cpu/fake_quant.h"""
 

@@ -125,6 +125,7 @@ def load(path: Path) -> ctypes.CDLL:
         "c_lossless_linear",
         "c_lossless_decode",
         "c_lossless_rows",
+        "c_lossless_linear_blob",
         "c_pointwise",
         "c_region_stats",
         "c_run",
