@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lossless_cases import bits, constant, mostly_normal, normal, uniform_bits
 from torch import Tensor
 
 from fastloss.lossless import CorruptError, FormatError, load_file, safe_open, save_file, verify_file
 from fastloss.lossless.crc32c_table import of_bytes
 from fastloss.lossless.header import read as read_blob
+from lossless_cases import bits, constant, mostly_normal, normal, uniform_bits
 
 USER = {"format": "pt", "note": "the user's own"}
 MIN_BYTES = 1024
@@ -129,7 +129,27 @@ def splice(file: Original, other: Original, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-_ABSURD = (0, 1, 7, 63, 65, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**61, 2**62, 2**63, 2**64 - 1, -1)
+_ABSURD = (
+    0,
+    1,
+    7,
+    63,
+    65,
+    127,
+    255,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**40,
+    2**53,
+    2**61,
+    2**62,
+    2**63,
+    2**64 - 1,
+    -1,
+)
 
 
 def absurd_blob(file: Original, other: Original, rng: random.Random) -> bytes:
@@ -142,7 +162,9 @@ def absurd_blob(file: Original, other: Original, rng: random.Random) -> bytes:
         if rng.random() < 0.5:
             data[begin + rng.randrange(4, size)] = rng.randrange(256)
         else:
-            at = begin + rng.choice([12, 20, *range(28, 28 + 8 * dimensions, 8), *range(28 + 8 * dimensions + 8, size - 8, 8)])
+            at = begin + rng.choice(
+                [12, 20, *range(28, 28 + 8 * dimensions, 8), *range(28 + 8 * dimensions + 8, size - 8, 8)]
+            )
             struct.pack_into("<Q", data, at, rng.choice(_ABSURD) % 2**64)
     dimensions, count = data[begin + 9], struct.unpack_from("<H", data, begin + 10)[0]
     size = 28 + 8 * dimensions + 24 * count
@@ -177,7 +199,9 @@ def absurd_container(file: Original, other: Original, rng: random.Random) -> byt
     name = rng.choice([k for k in header if k != "__metadata__"])
     kind = rng.randrange(7)
     if kind == 0:
-        header[name]["shape"] = rng.choice(([], [rng.choice(_ABSURD)], [2**32, 2**32], [0, 2**61], header[name]["shape"] * 2))
+        header[name]["shape"] = rng.choice(
+            ([], [rng.choice(_ABSURD)], [2**32, 2**32], [0, 2**61], header[name]["shape"] * 2)
+        )
     elif kind == 1:
         header[name]["data_offsets"][rng.randrange(2)] = rng.choice(_ABSURD)
     elif kind == 2:
@@ -185,13 +209,17 @@ def absurd_container(file: Original, other: Original, rng: random.Random) -> byt
     elif kind == 3:
         header[rng.choice(("x", "w.bf16", "__metadata__"))] = header.pop(name)
     elif kind == 4:
-        header["__metadata__"][rng.choice(("fastloss.flz", "fastloss.crc32c", "format"))] = rng.choice(("0", "2", "x", "1.7", ""))
+        header["__metadata__"][rng.choice(("fastloss.flz", "fastloss.crc32c", "format"))] = rng.choice(
+            ("0", "2", "x", "1.7", "")
+        )
     elif kind == 5:
         header["__metadata__"].pop(rng.choice([*header["__metadata__"]]))
     else:
         text = header["__metadata__"]["fastloss.tensors"]
         at = rng.randrange(len(text))
-        header["__metadata__"]["fastloss.tensors"] = text[:at] + rng.choice(("", "[", "9", '"', "-", "w")) + text[at + 1 :]
+        header["__metadata__"]["fastloss.tensors"] = (
+            text[:at] + rng.choice(("", "[", "9", '"', "-", "w")) + text[at + 1 :]
+        )
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return len(head).to_bytes(8, "little") + head + file.data[file.start :]
 
