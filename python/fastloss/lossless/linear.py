@@ -52,19 +52,22 @@ def product(
 ) -> Tensor:
     """`compressed_linear` of the parts of a CompressedTensor, as the layers hold them."""
     check_mode(mode)
-    x, bias = autocast(x, dtype), None if bias is None else autocast(bias, dtype)
+    x, bias = multiplied(x, dtype), None if bias is None else autocast(bias, dtype)
     if x.dim() < 1 or x.shape[-1] != plan[5]:
         raise ValueError(f"x must be [..., {plan[5]}], got {list(x.shape)}")
-    if x.dtype != dtype and not _is_autocast(x):
-        raise TypeError(
-            f"x must be {dtype} like the compressed weight, got {x.dtype}: use autocast, or decompress, convert and "
-            "compress the model again"
-        )
     return _apply(_Product, x, bias, blob, plan, dtype, mode)
 
 
-def _is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype == torch.get_autocast_dtype(x.device.type)
+def multiplied(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as it is multiplied by a weight of `dtype`; TypeError where torch would not multiply them either."""
+    cast = autocast(x, dtype)
+    by_autocast = torch.is_autocast_enabled(x.device.type) and cast.dtype == torch.get_autocast_dtype(x.device.type)
+    if cast.dtype != dtype and not by_autocast:
+        raise TypeError(
+            f"the input must be {dtype} like the compressed weight, got {x.dtype}: use autocast, or decompress, convert "
+            "and compress the model again"
+        )
+    return cast
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
