@@ -228,3 +228,14 @@ def hash_attention_cpu(
 def hash_slopes_cpu(
     *, grad: int, out: int, d: int, inverse: int, slope: int, tokens: int, width: int, dtype: int, isa: int
 ) -> None: ...
+def lossless_decode_cpu(
+    *, blob: int, plan: list[int], item: int, first: int, count: int, out: int, isa: int
+) -> None: ...  # fmt: skip
+def lossless_decode_checked_cpu(*, blob: int, plan: list[int], item: int, out: int, isa: int) -> int: ...
+def lossless_rows_cpu(
+    *, blob: int, plan: list[int], item: int, index: int, count: int, out: int, isa: int
+) -> int: ...  # fmt: skip
+def crc32c_cpu(*, data: int, bytes: int, block: int, crcs: int, isa: int) -> None: ...
+def r8_decode_cpu(
+    *, frequencies: int, offsets: int, data: int, data_bytes: int, numel: int, out: int, isa: int
+) -> None: ...  # fmt: skip

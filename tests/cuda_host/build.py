@@ -70,9 +70,10 @@ def sources(patches: Sequence[Patch] = ()) -> dict[str, str]:
 def build(
     variant: str = "plain", patches: Sequence[Patch] = (), program: str | None = None, only: str | None = None
 ) -> Path:
-    """The shared library of the kernels (`only`: row_stats, row_terms or bits) and capi.cpp, or an executable of `program`."""
+    """The shared library of the kernels (`only`: one kernel file, or bits) and capi.cpp, or an executable of `program`."""
     texts = sources(patches)
-    capi = "bits_capi.cpp" if only == "bits" else "capi.cpp"
+    own = HERE / f"{only}_capi.cpp"
+    capi = own.name if own.exists() else "capi.cpp"
     texts["capi.cpp"] = (HERE / capi).read_text() if program is None else program
     key = hashlib.sha256(repr((variant, FLAGS[variant], texts, only)).encode()).hexdigest()[:20]
     out = CACHE / f"{key}.{'so' if program is None else 'exe'}"
@@ -116,9 +117,11 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in (
         "c_bgemm",
+        "c_dfloat11",
         "c_edge_dot",
         "c_edge_sum",
         "c_launch",
+        "c_lossless_linear",
         "c_pointwise",
         "c_region_stats",
         "c_run",

@@ -10,16 +10,13 @@ from .compressed_tensor import CompressedTensor
 from .errors import CorruptError, FormatError
 from .layers import CompressedEmbedding, CompressedLinear
 from .linear import compressed_linear
+from .load_file import load_file
+from .safe_open import safe_open
+from .save_file import save_file
+from .verify_file import verify_file
 
 __all__ = [
-    "CompressedEmbedding",
-    "CompressedLinear",
-    "CompressedTensor",
-    "CorruptError",
-    "FormatError",
-    "compress",
-    "compress_model",
-    "compressed_linear",
-    "decompress",
-    "decompress_model",
-]
+    "CompressedEmbedding", "CompressedLinear", "CompressedTensor", "CorruptError", "FormatError", "compress",
+    "compress_model", "compressed_linear", "decompress", "decompress_model", "load_file", "safe_open", "save_file",
+    "verify_file",
+]  # fmt: skip

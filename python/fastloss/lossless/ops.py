@@ -110,3 +110,6 @@ _define(
 )
 
 from . import reference  # noqa: E402,F401  (registers its kernels)
+from . import cpp_decode  # noqa: E402,F401
+from . import cpp_encode  # noqa: E402,F401
+from . import triton_ops  # noqa: E402,F401
