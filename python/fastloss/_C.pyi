@@ -182,6 +182,11 @@ def hamming_topk_cuda(
     device: int, stream: int,
 ) -> None: ...  # fmt: skip
 
+def lossless_linear_parts_cuda(rows: int, columns: int, device: int) -> int: ...
+def lossless_linear_cuda(
+    *, x: int, n: int, blob: int, plan: list[int], bias: int, out: int, parts: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+
 class FakeQuant:
     """csrc/cpu/fake_quant.h"""
 
@@ -228,6 +233,14 @@ def hash_attention_cpu(
 def hash_slopes_cpu(
     *, grad: int, out: int, d: int, inverse: int, slope: int, tokens: int, width: int, dtype: int, isa: int
 ) -> None: ...
+def lossless_decode_cpu(
+    *, blob: int, plan: list[int], item: int, first: int, count: int, out: int, isa: int
+) -> None: ...  # fmt: skip
+def lossless_decode_checked_cpu(*, blob: int, plan: list[int], item: int, out: int, isa: int) -> int: ...
+def lossless_rows_cpu(
+    *, blob: int, plan: list[int], item: int, index: int, count: int, out: int, isa: int
+) -> int: ...  # fmt: skip
+def crc32c_cpu(*, data: int, bytes: int, block: int, crcs: int, isa: int) -> None: ...
 def r8_decode_cpu(
     *, frequencies: int, offsets: int, data: int, data_bytes: int, numel: int, out: int, isa: int
 ) -> None: ...  # fmt: skip
