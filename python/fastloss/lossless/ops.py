@@ -109,4 +109,11 @@ _define(
     _check_dfloat11,
 )
 
-from . import cpp_decode, reference  # noqa: E402,F401  (they register their kernels)
+from . import (  # noqa: E402,F401  (they register their kernels)
+    cpp_decode,
+    cpp_encode,
+    cpp_r8,
+    cuda_linear,
+    reference,
+    triton_ops,
+)
