@@ -45,14 +45,14 @@ void bind_lossless_encode(py::module_ &m) {
   m.def(
       "p7_encode_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t table, uintptr_t codes, const std::vector<uintptr_t> &planes,
-         uintptr_t bits, uintptr_t offsets, int isa) {
+         uintptr_t bits, uintptr_t offsets, uintptr_t block_crc, int isa) {
         const P7Encode args = {split_of(x, number, numel, 0, planes, bits), pointer<uint8_t>(table),
-                               pointer<uint8_t>(codes), pointer<uint64_t>(offsets)};
+                               pointer<uint8_t>(codes), pointer<uint64_t>(offsets), pointer<uint32_t>(block_crc)};
         py::gil_scoped_release release;
         return p7_encode_cpu(args, isa);
       },
       py::kw_only(), py::arg("x"), py::arg("number"), py::arg("numel"), py::arg("table"), py::arg("codes"),
-      py::arg("planes"), py::arg("bits"), py::arg("offsets"), py::arg("isa"));
+      py::arg("planes"), py::arg("bits"), py::arg("offsets"), py::arg("block_crc"), py::arg("isa"));
   m.def(
       "byte_split_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t field, const std::vector<uintptr_t> &planes, uintptr_t bits,
