@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/lossless_linear.h"
 #include "cpu/p7_encode.h"
 
 namespace py = pybind11;
@@ -70,4 +71,18 @@ void bind_lossless_encode(py::module_ &m) {
         byte_histogram_cpu(pointer<uint8_t>(plane), numel, pointer<int64_t>(counts));
       },
       py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("counts"));
+  m.def(
+      "lossless_linear_cpu",
+      [](uintptr_t blob, const std::vector<int64_t> &plan, uintptr_t x, int64_t n, uintptr_t bias, uintptr_t out,
+         int isa) {
+        if (plan.size() != size_t(kPlanHead + 2 * kSections))
+          throw std::invalid_argument("a plan has " + std::to_string(kPlanHead + 2 * kSections) + " integers, got " +
+                                      std::to_string(plan.size()));
+        const LosslessLinear args = {compressed_at(pointer<uint8_t>(blob), plan.data()), pointer<uint16_t>(x), n,
+                                     pointer<uint16_t>(bias), pointer<uint16_t>(out)};
+        py::gil_scoped_release release;
+        return lossless_linear_cpu(args, isa);
+      },
+      py::kw_only(), py::arg("blob"), py::arg("plan"), py::arg("x"), py::arg("n"), py::arg("bias"), py::arg("out"),
+      py::arg("isa"));
 }

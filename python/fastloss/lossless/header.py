@@ -102,7 +102,7 @@ def build(
     for kind, place in within.parts.items():
         if place.data_ptr() != parts[kind].data_ptr():
             place.copy_(parts[kind])
-        offset = place.storage_offset()
+        offset = int(place.storage_offset())
         blob[end:offset] = 0
         end = offset + place.numel()
         sections[kind] = (offset, place.numel(), checksum.of(place))
