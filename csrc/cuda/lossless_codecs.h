@@ -27,5 +27,22 @@ void p7_decode_launch(const CudaLosslessDecode &, void *stream);
 void p7_decode_cuda(const CudaLosslessDecode &, int device, void *stream);
 void p7_rows_launch(const CudaLosslessRows &, void *stream);
 void p7_rows_cuda(const CudaLosslessRows &, int device, void *stream);
+void r8_decode_launch(const CudaLosslessDecode &, void *stream);
+void r8_decode_cuda(const CudaLosslessDecode &, int device, void *stream);
+void r8_rows_launch(const CudaLosslessRows &, void *stream);
+void r8_rows_cuda(const CudaLosslessRows &, int device, void *stream);
+
+// out[b] = crc32c of bytes b block..(b + 1) block, the last block perhaps short.
+constexpr int64_t kCrcPiece = 32768; // bytes that a warp reads
+struct CudaCrc32c {
+  const uint8_t *data;
+  int64_t size, block;
+  uint32_t *pieces; // scratch, crc32c_pieces(size, block)
+  int64_t *out;
+};
+
+int64_t crc32c_pieces(int64_t size, int64_t block);
+void crc32c_launch(const CudaCrc32c &, void *stream);
+void crc32c_cuda(const CudaCrc32c &, int device, void *stream);
 
 } // namespace fastloss

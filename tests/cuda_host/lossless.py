@@ -22,19 +22,15 @@ int64, int32 = ctypes.c_int64, ctypes.c_int
 
 
 class Memory:
-    """Bytes at a multiple of 16, with nothing behind them that belongs to anyone."""
+    """A copy of bytes that ends where its memory ends, at a multiple of 16 (malloc's, and a sanitizer's)."""
 
-    def __init__(self, content: NDArray[Any], behind: int = 0) -> None:
-        self.kept = content.reshape(-1).view(np.uint8)
-        memory = np.empty(16 + self.kept.size + behind, np.uint8)
-        start = -memory.ctypes.data % 16 if not behind else (behind - memory.ctypes.data) % 16
-        self.block = np.frombuffer(memory, np.uint8)
-        # An array of its own, so that a sanitizer sees its end: malloc gives multiples of 16.
-        self.array = np.empty(self.kept.size, np.uint8)
-        if self.array.ctypes.data % 16:
-            self.array = memory[start : start + self.kept.size]
-        self.array[:] = self.kept
-        self.address = self.array.ctypes.data
+    def __init__(self, content: NDArray[Any], offset: int = 0) -> None:
+        flat = content.reshape(-1).view(np.uint8)
+        self.memory = np.empty(offset + flat.size, np.uint8)
+        assert self.memory.ctypes.data % 16 == 0
+        self.array = self.memory[offset:]
+        self.array[:] = flat
+        self.address = ctypes.c_void_p(self.array.ctypes.data)
 
 
 def _plan(plan: Sequence[int]) -> Any:
@@ -50,7 +46,7 @@ def decode(library: Path, blob: Bytes, plan: Sequence[int], first: int, count: i
     """Bytes of numbers first..first+count, `size` bytes each."""
     memory, out = Memory(blob), Memory(np.full(count * size, 0xA5, np.uint8))
     _check(build.load(library).c_lossless_decode(
-        ctypes.c_void_p(memory.address), _plan(plan), int64(first), int64(count), ctypes.c_void_p(out.address)
+        memory.address, _plan(plan), int64(first), int64(count), out.address
     ))  # fmt: skip
     return out.array
 
@@ -60,14 +56,21 @@ def rows(library: Path, blob: Bytes, plan: Sequence[int], index: NDArray[Any], s
     memory, ids = Memory(blob), Memory(index)
     out = Memory(np.full(len(index) * plan[5] * size, 0xA5, np.uint8))
     _check(build.load(library).c_lossless_rows(
-        ctypes.c_void_p(memory.address), _plan(plan), ctypes.c_void_p(ids.address), ctypes.c_bool(index.itemsize == 8),
-        int64(len(index)), ctypes.c_void_p(out.address),
+        memory.address, _plan(plan), ids.address, ctypes.c_bool(index.itemsize == 8),
+        int64(len(index)), out.address,
     ))  # fmt: skip
     return out.array
 
 
+def crc32c(library: Path, data: Bytes, block: int, offset: int) -> Bytes:
+    """Checksums, as bytes of int64; the data begin `offset` bytes behind a multiple of 16."""
+    memory, out = Memory(data, offset), Memory(np.full(-(-data.size // block), -1))
+    _check(build.load(library).c_crc32c(memory.address, int64(data.size), int64(block), out.address))
+    return out.array
+
+
 #: What a case calls, by its name.
-CALLS = {"decode": decode, "rows": rows}
+CALLS = {"decode": decode, "rows": rows, "crc32c": crc32c}
 
 
 class Case:
