@@ -69,8 +69,76 @@ def crc32c(library: Path, data: Bytes, block: int, offset: int) -> Bytes:
     return out.array
 
 
+def p7_histogram(library: Path, numbers: Bytes, number: int, size: int, blocks: int) -> Bytes:
+    """Counts of pairs of fields, as bytes of int64, by so many thread blocks."""
+    memory, out = Memory(numbers), Memory(np.zeros(65536, np.int64))
+    _check(build.load(library).c_p7_histogram(memory.address, int64(numbers.size // size), number, out.address, blocks))
+    return out.array
+
+
+#: Byte planes and bit planes of the kinds of numbers, by their code.
+PLANES = {0: (1, 0), 1: (1, 3), 2: (3, 0), 3: (0, 4), 4: (0, 3)}
+
+
+def _planes(number: int, numel: int) -> tuple[list[Memory], Memory, Any]:
+    """Byte planes, bit planes, and the pointers to the former."""
+    whole, (bytes_, bits) = -(-numel // 128) * 128, PLANES[number]
+    planes = [Memory(np.full(whole, 0xA5, np.uint8)) for _ in range(bytes_)]
+    pointers = (ctypes.c_void_p * 3)(*(p.array.ctypes.data for p in planes))
+    return planes, Memory(np.full(whole // 8 * bits, 0xA5, np.uint8)), pointers
+
+
+def p7_encode(library: Path, numbers: Bytes, number: int, size: int, table: Bytes) -> Bytes:
+    """Codes, byte planes, bit planes, offsets, positions and values, one behind the other."""
+    numel = numbers.size // size
+    blocks = -(-numel // 16384)
+    memory, entries = Memory(numbers), Memory(table)
+    planes, bits, pointers = _planes(number, numel)
+    codes, offsets = Memory(np.full(-(-numel // 128) * 56, 0xA5, np.uint8)), Memory(np.zeros(blocks + 1, np.int64))
+    positions, values = Memory(np.zeros(blocks * 8192, np.uint16)), Memory(np.zeros(blocks * 16384 * size, np.uint8))
+    _check(build.load(library).c_p7_encode(
+        memory.address, int64(numel), number, entries.address, codes.address, pointers, bits.address, offsets.address,
+        positions.address, values.address,
+    ))  # fmt: skip
+    count = int(offsets.array.view(np.int64)[-1])
+    return np.concatenate((
+        codes.array, *(p.array for p in planes), bits.array, offsets.array, positions.array[: 2 * count],
+        values.array[: 2 * count * size],
+    ))  # fmt: skip
+
+
+def byte_split(library: Path, numbers: Bytes, number: int, size: int) -> Bytes:
+    """The field, byte planes and bit planes, one behind the other."""
+    numel = numbers.size // size
+    memory, field = Memory(numbers), Memory(np.full(-(-numel // 128) * 128, 0xA5, np.uint8))
+    planes, bits, pointers = _planes(number, numel)
+    _check(build.load(library).c_byte_split(
+        memory.address, int64(numel), number, field.address, pointers, bits.address
+    ))  # fmt: skip
+    return np.concatenate((field.array, *(p.array for p in planes), bits.array))
+
+
+def byte_histogram(library: Path, plane: Bytes, numel: int, blocks: int) -> Bytes:
+    """Counts of bytes, as bytes of int64, by so many thread blocks."""
+    memory, out = Memory(plane), Memory(np.zeros(256, np.int64))
+    _check(build.load(library).c_byte_histogram(memory.address, int64(numel), out.address, blocks))
+    return out.array
+
+
+def r8_encode(library: Path, plane: Bytes, frequencies: Bytes, numel: int) -> Bytes:
+    """Offsets and data, one behind the other."""
+    blocks = -(-numel // 16384)
+    memory, table = Memory(plane), Memory(frequencies)
+    offsets, data = Memory(np.zeros(blocks + 1, np.int64)), Memory(np.zeros(blocks * (64 + 2 * 16384), np.uint8))
+    _check(build.load(library).c_r8_encode(memory.address, int64(numel), table.address, offsets.address, data.address))
+    return np.concatenate((offsets.array, data.array[: int(offsets.array.view(np.int64)[-1])]))
+
+
 #: What a case calls, by its name.
-CALLS = {"decode": decode, "rows": rows, "crc32c": crc32c}
+CALLS = {
+    "decode": decode, "rows": rows, "crc32c": crc32c, "p7_histogram": p7_histogram, "p7_encode": p7_encode,
+    "byte_split": byte_split, "byte_histogram": byte_histogram, "r8_encode": r8_encode,
+}  # fmt: skip
 
 
 class Case:
