@@ -1,4 +1,5 @@
-// Python names of the encoders of lossless compression: csrc/cpu/p7_encode.h and lossless_split.h say what each field is.
+// Python names of the encoders of lossless compression: csrc/cpu/p7_encode.h and lossless_split.h say what each field
+// is.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
-// docs/design.md, "The lossless contract": P7's histogram and encoder. A block is split, then its codes are looked up, then
-// what escaped is taken out of the planes; all of it in the first-level cache.
+// docs/design.md, "The lossless contract": P7's histogram and encoder. A block is split, then its codes are looked up,
+// then what escaped is taken out of the planes; all of it in the first-level cache.
 #include "p7_encode.h"
 #include "encoder_blocks.h"
 #include "p7_codes.h"
@@ -38,10 +38,10 @@ private:
 
 EncodeGroups encode_groups_for(const PairCodes &codes, int isa) {
 #ifdef __x86_64__
-  if (level_for(isa) >= kAvx512 && codes.ranked && has_vbmi()) return encode_groups_vbmi;
+  if (codes.ranked && byte_isa(isa) == kAvx512Bytes) return avx512vbmi::encode_groups;
 #endif
   (void)codes, (void)isa;
-  return encode_groups;
+  return scalar::encode_groups;
 }
 
 bool any_byte(const uint8_t *bytes, int64_t count) {
@@ -97,8 +97,7 @@ private:
     memcpy(run.values.data() + at, x_ + 2 * size_t(pair) * bytes, (2 * pair + 1 < count_ ? 2 : 1) * bytes);
     for (int p = 0; p < kSplits[number_].byte_planes; ++p)
       parts_.bytes[p][2 * pair] = parts_.bytes[p][2 * pair + 1] = 0;
-    for (int p = 0; p < kSplits[number_].bit_planes; ++p)
-      parts_.bits[p][pair / 4] &= uint8_t(~(3 << 2 * (pair % 4)));
+    for (int p = 0; p < kSplits[number_].bit_planes; ++p) parts_.bits[p][pair / 4] &= uint8_t(~(3 << 2 * (pair % 4)));
   }
 };
 

@@ -10,7 +10,7 @@ namespace fastloss {
 struct Escapes {
   struct Run {
     std::vector<uint16_t> positions;
-    std::vector<uint8_t> values; // two numbers a position
+    std::vector<uint8_t> values;    // two numbers a position
     bool any[kMostBytePlanes] = {}; // whether the blocks' byte plane holds a byte that is not 0
   };
   std::vector<Run> runs;
