@@ -16,7 +16,7 @@ OPS = ("lossless_decode", "lossless_rows", "lossless_linear", "crc32c")
 
 def arguments(op: str, x: Any, w: Any, codec: str = "p7") -> tuple[Any, ...]:
     """Arguments of a lossless op, made of the numbers of x [N, D] and w [V, D]."""
-    w = w[:64]  # the reference of R8 takes its time
+    w = w[:16]  # the reference of R8 takes its time
     if op == "crc32c":
         return w.detach().contiguous().reshape(-1).view(torch.uint8), 1000
     with registry.use_backend("reference"):  # whose bytes every encoder's are
@@ -24,7 +24,7 @@ def arguments(op: str, x: Any, w: Any, codec: str = "p7") -> tuple[Any, ...]:
     blob, plan = packed.blob, packed.plan
     made: dict[str, Callable[[], tuple[Any, ...]]] = {
         "lossless_decode": lambda: (blob, plan, 64, packed.numel() - 100, w.dtype),
-        "lossless_rows": lambda: (blob, plan, torch.tensor([5, 0, 5, w.shape[0] - 1], device=w.device), w.dtype),
+        "lossless_rows": lambda: (blob, plan, torch.tensor([5, w.shape[0] - 1, 5], device=w.device), w.dtype),
         "lossless_linear": lambda: (x, blob, plan, None),
     }
     return made[op]()
@@ -44,7 +44,7 @@ def by_op(op: str) -> Callable[..., Any]:
         value = F.cross_entropy(q.float() @ k.float().T, target, reduction="sum")
         off = torch.zeros((), device=value.device)
         with torch.no_grad():
-            for codec in ("p7", "r8", "raw"):
+            for codec in ("p7", "r8") if op in ("lossless_decode", "lossless_rows") else ("p7",):
                 given = arguments(op, q, k, codec)
                 if codec != "p7" and not registry.able(op, *given):
                     continue
