@@ -112,6 +112,7 @@ _define(
 from . import (  # noqa: E402,F401  (they register their kernels)
     cpp_decode,
     cpp_encode,
+    cpp_linear,
     cpp_r8,
     cuda_linear,
     reference,
