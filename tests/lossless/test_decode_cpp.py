@@ -15,7 +15,13 @@ from fastloss.lossless import header, reference
 from fastloss.lossless.compress import _crc, _p7, _r8, compress
 from fastloss.lossless.compressed_tensor import CompressedTensor
 from fastloss.lossless.contract import BLOCK, NUMBERS, P7_NUMBERS, PLAN_HEAD, Codec, Layout, Section
-from fastloss.lossless.cpp_decode import lossless_decode, lossless_decode_checked, lossless_rows
+from fastloss.lossless.cpp_decode import (
+    lossless_decode,
+    lossless_decode_checked,
+    lossless_decode_into,
+    lossless_rows,
+    lossless_verify,
+)
 from fastloss.lossless.tiles import to_tiles
 from lossless_cases import CODED, INTEGERS, SIZES, bits, constant, every_pattern, mostly_normal, normal, uniform_bits
 
@@ -55,7 +61,9 @@ def decoded(c: CompressedTensor, first: int = 0, count: int | None = None) -> Te
 
 def checked(c: CompressedTensor) -> tuple[Tensor, int]:
     out = torch.empty(c.numel(), dtype=c.dtype)
-    return out, lossless_decode_checked(c.blob, c.plan, out)
+    bad = lossless_decode_checked(c.blob, c.plan, out)
+    assert lossless_verify(c.blob, c.plan, c.dtype) == bad
+    return out, bad
 
 
 MAKERS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
@@ -183,6 +191,9 @@ def test_large() -> None:
     room = torch.empty(c.numel() + 1, dtype=x.dtype)[1:]
     assert lossless_decode_checked(c.blob, c.plan, room) == -1
     assert torch.equal(room.view(torch.int16), want)
+    room.zero_()
+    lossless_decode_into(c.blob, c.plan, room)
+    assert torch.equal(room.view(torch.int16), want)
 
 
 @BOTH
@@ -208,6 +219,16 @@ def test_errors() -> None:
     spaced = torch.empty(2 * x.numel(), dtype=x.dtype)[::2]
     assert registry.choose("lossless_decode_checked", c.blob, c.plan, spaced) == "reference"
     assert registry.choose("lossless_decode_checked", c.blob, c.plan, spaced.contiguous()) == "cpp"
+    for changed in (c.blob[:-128], c.blob[:0]):
+        with pytest.raises(ValueError, match="does not lie within the blob's"):
+            lossless_decode_checked(changed, c.plan, torch.empty_like(x))
+        with pytest.raises(ValueError, match="does not lie within the blob's"):
+            lossless_decode_into(changed, c.plan, torch.empty_like(x))
+        with pytest.raises(ValueError, match="does not lie within the blob's"):
+            lossless_verify(changed, c.plan, x.dtype)
+    unchecked = c.plan.copy()
+    unchecked[PLAN_HEAD + 2 * Section.BLOCK_CRC :] = [0, 0]
+    assert not registry.able("lossless_verify", c.blob, unchecked, x.dtype)
 
 
 def test_unaligned_blob() -> None:
