@@ -60,7 +60,14 @@ inline void lay_dots(const uint16_t *x, int64_t n, int64_t columns, void *laid) 
     for (int j = 0; j < kLosslessGroup; ++j) out[g + place_in_group(j)] = x[g + j];
 }
 
-constexpr int64_t kAhead = 2048; // numbers; the processor's own look ahead ends with a page
+// Asks for the codes and bytes of the group that is `kAhead` numbers further: the processor's own look ahead ends with a
+// page. An address that is not mapped does no harm.
+constexpr int64_t kAhead = 2048;
+FASTLOSS_BF16_INLINE void look_ahead(const uint8_t *codes, const uint8_t *low) {
+  _mm_prefetch(codes + kAhead / kLosslessGroup * kP7GroupBytes, _MM_HINT_T0);
+  _mm_prefetch(low + kAhead, _MM_HINT_T0);
+  _mm_prefetch(low + kAhead + 64, _MM_HINT_T0);
+}
 
 // A row of W by `count` rows of x; a group of numbers does not leave the registers.
 template <int count>
@@ -70,8 +77,7 @@ FASTLOSS_BF16 static void dots_of_row(const GroupDecoder &decoder, const CodedRo
   const uint8_t *codes = w.codes_of(row), *low = w.low_of(row);
   for (int64_t g = 0; g < w.columns; g += kLosslessGroup, codes += kP7GroupBytes) {
     Bytes group[kQuarters];
-    _mm_prefetch(codes + kAhead / 2, _MM_HINT_T0);
-    for (int line = 0; line < 2; ++line) _mm_prefetch(low + g + kAhead + 64 * line, _MM_HINT_T0);
+    look_ahead(codes, low + g);
     decoder.decode(codes, low + g, group);
     for (int i = 0; i < count; ++i)
       for (int q = 0; q < kQuarters; ++q)
@@ -104,7 +110,7 @@ inline LinearEngine dot_engine() {
 // ---- Tiles. An operand is steps of 32 numbers, each a tile of 1 KB: of W 16 rows of 32 numbers; of x, for 16 of its
 // rows, 16 pairs of numbers of each.
 constexpr int64_t kTile = 16, kTileNumbers = kTile * 32, kStepsOfGroup = kQuarters;
-constexpr int64_t kGroupsAtOnce = 8; // of 16 rows: 32 KB
+constexpr int64_t kGroupsAtOnce = 32; // of 16 rows: 128 KB, in the second-level cache
 
 // More than 32 rows of x come in blocks of 64.
 constexpr int64_t step_of_tiles(int64_t n) { return n > 2 * kTile ? 4 * kTile : kTile; }
@@ -131,9 +137,7 @@ FASTLOSS_BF16 static void decode_tiles(const GroupDecoder &decoder, const CodedR
     const uint8_t *codes = w.codes_of(r) + first * kP7GroupBytes, *low = w.low_of(r) + first * kLosslessGroup;
     for (int64_t g = 0; g < groups; ++g) {
       Bytes group[kQuarters];
-      _mm_prefetch(codes + (g + kGroupsAtOnce) * kP7GroupBytes, _MM_HINT_T0);
-      for (int line = 0; line < 2; ++line)
-        _mm_prefetch(low + (g + kGroupsAtOnce) * kLosslessGroup + 64 * line, _MM_HINT_T0);
+      look_ahead(codes + g * kP7GroupBytes, low + g * kLosslessGroup);
       decoder.decode(codes + g * kP7GroupBytes, low + g * kLosslessGroup, group);
       for (int q = 0; q < kQuarters; ++q)
         _mm512_storeu_si512(tiles + ((g * kStepsOfGroup + q) * kTile + r) * 32, group[q]);
