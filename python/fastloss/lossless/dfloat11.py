@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def _read(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, dict[str, Ten
     tensors: dict[str, Tensor] = {}
     for path in files:
         with open_container(path) as file:
-            for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+            for name in file.keys():
                 if name in tensors:
                     raise CorruptError(f"is in {path} and in another file", name)
                 tensors[name] = file.get_tensor(name)
@@ -158,6 +159,7 @@ def _names(unit: str, buffers: dict[str, Tensor], config: Config) -> list[str]:
 
 def _weights(unit: str, buffers: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Weight name -> its numbers, flat."""
+    buffers.setdefault("split_positions", torch.empty(0, dtype=torch.int64))
     for name, dtype in _BUFFERS.items():
         t = buffers.get(name)
         dimensions = 2 if name == "luts" else 1
@@ -167,7 +169,7 @@ def _weights(unit: str, buffers: dict[str, Tensor], config: Config) -> dict[str,
     names = _names(unit, buffers, config)
     flat = _decode(unit, buffers, config)
     cuts = [0, *buffers["split_positions"].tolist(), flat.numel()]
-    if any(a > b for a, b in zip(cuts, cuts[1:], strict=False)):
+    if any(a > b for a, b in pairwise(cuts)):
         raise CorruptError(f"split positions {cuts[1:-1]} do not rise within {flat.numel()} numbers", unit)
     return {name: flat[a:b] for name, a, b in zip(names, cuts, cuts[1:], strict=False)}
 
