@@ -249,3 +249,7 @@ class RansPayloads:
     def copy_to(self, data: int) -> None: ...
 
 def r8_encode_cpu(*, plane: int, frequencies: int, numel: int, offsets: int, isa: int) -> RansPayloads: ...
+def dfloat11_decode_cpu(
+    *, luts: int, tables: int, codes: int, code_bytes: int, sign_mantissa: int, positions: int, gaps: int, numel: int,
+    blocks: int, bytes_per_thread: int, threads_per_block: int, out: int,
+) -> int: ...  # fmt: skip
