@@ -125,7 +125,7 @@ def _crc(flat: Tensor) -> Tensor:
 
 def _raw(tensor: Tensor) -> CompressedTensor:
     flat = tensor.detach().contiguous().reshape(-1)
-    parts = {Section.RAW: flat.view(torch.uint8)}
+    parts: dict[int, Tensor] = {Section.RAW: flat.view(torch.uint8)}
     if flat.numel():
         parts[Section.BLOCK_CRC] = _crc(flat)
     return CompressedTensor(*header.build(Codec.RAW, Layout.ROWS, tensor.dtype, tensor.shape, parts))
@@ -134,7 +134,7 @@ def _raw(tensor: Tensor) -> CompressedTensor:
 def _p7(flat: Tensor) -> dict[int, Tensor]:
     table = torch.from_numpy(pair_table(registry.run("p7_histogram", flat).cpu().numpy())).to(flat.device)
     codes, planes, bits, offsets, positions, values = registry.run("p7_encode", flat, table)
-    parts = {
+    parts: dict[int, Tensor] = {
         Section.TABLE: table,
         Section.CODES: codes,
         Section.ESCAPE_OFFSETS: offsets.view(torch.uint8),

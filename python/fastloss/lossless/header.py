@@ -122,7 +122,7 @@ def read(blob: Tensor) -> Header:
     # From here on the header is what some writer wrote; it may still be a hostile one.
     if codec not in tuple(Codec) or layout not in tuple(Layout) or dtype not in _DTYPE_OF:
         raise CorruptError(f"unknown codec {codec}, layout {layout} or dtype {dtype}")
-    if math.prod(shape) != numel or any(d >= 1 << 62 for d in shape) or size != blob.numel():
+    if math.prod(shape) != numel or math.prod(max(d, 1) for d in shape) >= 1 << 62 or size != blob.numel():
         raise CorruptError(
             f"shape {list(shape)}, {numel} numbers and {size} of {blob.numel()} bytes contradict each other"
         )

@@ -110,11 +110,8 @@ def crc32c(data: Tensor, block: int) -> Tensor:
 @kernel("lossless_decode_checked", "reference")
 def lossless_decode_checked(blob: Tensor, plan: Sequence[int], out: Tensor) -> int:
     """Decode everything into the 1-D contiguous `out`; the first block whose checksum is wrong, or -1."""
-    bad = -1
-    for b in range(blocks_of(plan[3])):
-        part = _decode_blocks(blob, plan, b, b + 1, out.dtype)
-        want = _as(section(blob, plan, Section.BLOCK_CRC), torch.int32)[b].to(torch.int64) & 0xFFFFFFFF
-        if bad < 0 and int(crc32c(part.view(torch.uint8), part.numel() * part.element_size())[0]) != int(want):
-            bad = b
-    out.copy_(lossless_decode(blob, plan, 0, plan[3], out.dtype))
-    return bad
+    flat = _decode_blocks(blob, plan, 0, blocks_of(plan[3]), out.dtype)
+    want = _as(section(blob, plan, Section.BLOCK_CRC), torch.int32).to(torch.int64) & 0xFFFFFFFF
+    wrong = (crc32c(flat.view(torch.uint8), BLOCK * out.element_size()) != want).nonzero()
+    out.copy_(from_tiles(flat, plan[5]) if plan[2] == Layout.TILES else flat)
+    return int(wrong[0]) if wrong.numel() else -1

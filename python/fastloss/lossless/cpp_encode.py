@@ -1,0 +1,103 @@
+"""The encoders of the `cpp` backend but for R8's stream (csrc/cpu/p7_encode.cpp, csrc/cpu/lossless_split.cpp)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend_cpp, kept_memory
+from ..compiled import _C, pointer
+from ..registry import kernel
+from .contract import GROUP, NUMBERS, P7_NUMBERS, SLOTS, SPLITS, blocks_of, padded
+
+
+def _why_not_flat(x: Tensor) -> str | None:
+    if missing := backend_cpp._missing(x):
+        return missing
+    if x.dim() != 1 or not x.is_contiguous():
+        return f"takes a contiguous 1-D tensor, got {list(x.shape)} of strides {x.stride()}"
+    return None if x.numel() else "takes at least one number"
+
+
+def why_not_split(x: Tensor) -> str | None:
+    """Why the compiled kernel cannot split these numbers, or None."""
+    if x.dtype not in NUMBERS:
+        return f"takes {', '.join(str(d) for d in NUMBERS)}, got {x.dtype}"
+    return _why_not_flat(x)
+
+
+def why_not_p7(x: Tensor, table: Tensor | None = None) -> str | None:
+    """Why the compiled kernels cannot make P7 of these numbers, or None."""
+    if x.dtype not in NUMBERS or NUMBERS[x.dtype] not in P7_NUMBERS:
+        return f"takes bfloat16, float16 and float32, got {x.dtype}"
+    if table is not None and (table.dtype != torch.uint8 or table.shape != (SLOTS,)):
+        return f"takes a table uint8 [{SLOTS}], got {table.dtype} {list(table.shape)}"
+    return _why_not_flat(x)
+
+
+def why_not_histogram(plane: Tensor, numel: int) -> str | None:
+    """Why the compiled kernel cannot count these bytes, or None."""
+    if plane.dtype != torch.uint8 or plane.numel() < numel:
+        return f"takes {numel} or more bytes, got {plane.dtype} {list(plane.shape)}"
+    return _why_not_flat(plane)
+
+
+def _planes(x: Tensor) -> tuple[list[Tensor], Tensor]:
+    split, size = SPLITS[NUMBERS[x.dtype]], padded(x.numel())
+    planes = [kept_memory.empty((size,), torch.uint8) for _ in range(split.byte_planes)]
+    return planes, kept_memory.empty((size // 8 * split.bit_planes,), torch.uint8)
+
+
+@kernel("p7_histogram", "cpp", why_not_p7)
+def p7_histogram(x: Tensor) -> Tensor:
+    """How often each pair of fields occurs."""
+    counts = torch.empty(1 << 16, dtype=torch.int64, device="cpu")
+    _C.p7_histogram_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), counts=pointer(counts), isa=backend_cpp.ISA
+    )
+    return counts
+
+
+def encode_into(
+    x: Tensor, table: Tensor, codes: Tensor, planes: list[Tensor], bits: Tensor | None, offsets: Tensor
+) -> Any:
+    """Write these sections of P7; what escaped, as an object with `count`, `any(plane)` and `write(positions, values)`."""
+    return _C.p7_encode_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), table=pointer(table), codes=pointer(codes),
+        planes=[pointer(p) for p in planes], bits=pointer(bits), offsets=pointer(offsets), isa=backend_cpp.ISA,
+    )  # fmt: skip
+
+
+@kernel("p7_encode", "cpp", why_not_p7)
+def p7_encode(x: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """(codes, byte planes, bit planes, escape offsets, positions, values), x read once."""
+    planes, bits = _planes(x)
+    codes = kept_memory.empty((padded(x.numel()) // GROUP * 56,), torch.uint8)
+    offsets = torch.empty(blocks_of(x.numel()) + 1, dtype=torch.int64, device="cpu")
+    escapes = encode_into(x, table.contiguous(), codes, planes, bits, offsets)
+    positions = torch.empty(escapes.count, dtype=torch.int16, device="cpu")
+    values = torch.empty(2 * escapes.count, dtype=x.dtype, device="cpu")
+    escapes.write(positions=pointer(positions), values=pointer(values))
+    return codes, planes, bits, offsets, positions, values
+
+
+@kernel("byte_split", "cpp", why_not_split)
+def byte_split(x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """([field, byte planes...], bit planes), x read once."""
+    planes, bits = _planes(x)
+    field = kept_memory.empty((padded(x.numel()),), torch.uint8)
+    _C.byte_split_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), field=pointer(field),
+        planes=[pointer(p) for p in planes], bits=pointer(bits), isa=backend_cpp.ISA,
+    )  # fmt: skip
+    return [field, *planes], bits
+
+
+@kernel("byte_histogram", "cpp", why_not_histogram)
+def byte_histogram(plane: Tensor, numel: int) -> Tensor:
+    """How often each byte occurs among the first `numel`."""
+    counts = torch.empty(SLOTS, dtype=torch.int64, device="cpu")
+    _C.byte_histogram_cpu(plane=pointer(plane), numel=numel, counts=pointer(counts))  # type: ignore[union-attr]
+    return counts
