@@ -55,9 +55,12 @@ __device__ inline void make_probe(Shared &shared, int tables, int index) {
   Probe probe{};
   int at = 0;
   while (probe.count < kAtOnce) {
-    const Symbol symbol = look_up(shared.luts, tables, unsigned(index) << (32 - kProbeBits) << at);
-    // Bits beyond the probe are read as zeros: they may make a code of what is none, which has no length.
-    if (symbol.length == 0 || at + symbol.length > kProbeBits) break;
+    // Bits beyond the probe are unknown: a symbol is right if they make no difference. What it takes two readings to
+    // tell is an entry that no code of the text has, and that encoders fill as they please.
+    const unsigned window = unsigned(index) << (32 - kProbeBits) << at;
+    const Symbol symbol = look_up(shared.luts, tables, window);
+    const Symbol same = look_up(shared.luts, tables, window | ((1u << (32 - kProbeBits + at)) - 1));
+    if (same.value != symbol.value || symbol.length == 0 || at + symbol.length > kProbeBits) break;
     if (probe.count == 0) probe.first_length = uint8_t(symbol.length);
     probe.symbols |= symbol.value << 8 * probe.count++;
     probe.last = uint8_t(at);
