@@ -66,6 +66,7 @@ def pack(
 def unpack(source: Path, target: Path, progress: Progress | None = None) -> None:
     """`source` as an ordinary `.safetensors` file, every tensor bit for bit and the user's metadata; each checked on the way.
 
+    What the `safetensors` package wrote comes back byte for byte, up to the order of more than one entry of metadata.
     Raises FormatError where a tensor's dtype has no name in such files.
     """
     with safe_open(source) as file:
@@ -75,7 +76,7 @@ def unpack(source: Path, target: Path, progress: Progress | None = None) -> None
             if kind.get_dtype() not in _DTYPES:
                 raise FormatError(f"tensor {name!r}: {kind.get_dtype()} cannot be written to an ordinary file")
             stored.append(container.Stored(name, _DTYPES[kind.get_dtype()], tuple(kind.get_shape())))
-        stored = container.ordered(stored)
+        stored = container.ordinary(stored)
 
         def content() -> Iterator[Tensor]:
             for entry in stored:
@@ -84,7 +85,7 @@ def unpack(source: Path, target: Path, progress: Progress | None = None) -> None
                     progress(entry.name, entry.nbytes)
 
         with replacing(target) as out:
-            container.write(out, stored, file.metadata() or {}, content())
+            container.write(out, stored, file.metadata() or {}, content(), container.ORDINARY_ALIGNMENT)
 
 
 _DTYPES = {name: dtype for dtype, name in container.NAMES.items()}
