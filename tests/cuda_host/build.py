@@ -26,7 +26,7 @@ FLAGS = {
 CACHE = ROOT / "build" / "cuda_host"  # the tree's own: a folder that others can write to could hold any library
 
 #: `only="bits"`: these kernels, and bits_capi.cpp.
-GROUPS = {"bits": ("bgemm", "hamming_topk"), "lossless": ("p7_decode", "p7_rows")}
+GROUPS = {"bits": ("bgemm", "hamming_topk"), "lossless": ("p7_decode", "p7_rows", "r8_decode", "crc32c", "p7_encode", "r8_encode")}
 
 Patch = tuple[str, str, str]
 """A file of csrc/cuda, a text that stands in it exactly once, and what replaces it."""
@@ -119,6 +119,12 @@ def load(path: Path) -> ctypes.CDLL:
     for name in (
         "c_bgemm",
         "c_dfloat11",
+        "c_byte_split",
+        "c_byte_histogram",
+        "c_r8_encode",
+        "c_p7_histogram",
+        "c_p7_encode",
+        "c_crc32c",
         "c_edge_dot",
         "c_edge_sum",
         "c_launch",

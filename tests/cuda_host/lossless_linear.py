@@ -1,6 +1,6 @@
 """Cases of lossless_linear on the host: a P7 encoder of its own, the kernel through ctypes, judged in fp64.
 
-`python -m cuda_host.lossless_linear LIBRARY [FAULT]` runs the small ones, with a planted fault (tests/lossless/test_cuda_linear.py).
+`python -m cuda_host.lossless_linear LIBRARY [FAULT]` runs the small ones, with a planted fault (test_cuda_linear_faults.py).
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def weights(rng: np.random.Generator, shape: tuple[int, int], kind: str) -> NDAr
         return (rng.integers(100, 140, shape) << 7).astype(np.uint16)
     bits = encode(rng.normal(0, 0.02, shape).astype(np.float32), "bf16")
     if kind == "escapes":
-        odd = (rng.integers(0, 2, shape) << 15 | rng.integers(90, 135, shape) << 7 | rng.integers(0, 128, shape)).astype(
-            np.uint16
-        )
+        odd = (
+            rng.integers(0, 2, shape) << 15 | rng.integers(90, 135, shape) << 7 | rng.integers(0, 128, shape)
+        ).astype(np.uint16)
         bits = np.where(rng.random(shape) < 1 / 8, odd, bits)
     return bits
 
@@ -165,7 +165,9 @@ def run(library: Path, case: Case) -> None:
         matrix.hostile(rng)
         run_matrix(library, case, matrix, x, bias)  # any numbers, but nothing else
         return
-    assert case.kind != "escapes" or bits.size < 2000 or matrix.positions.size > bits.size // 50, "too few escapes for a test of them"
+    assert case.kind != "escapes" or bits.size < 2000 or matrix.positions.size > bits.size // 50, (
+        "too few escapes for a test of them"
+    )
     found = run_matrix(library, case, matrix, x, bias)
     w, y = decode(bits, "bf16").astype(np.float64), decode(x, "bf16").astype(np.float64)
     wanted = y @ w.T + (0 if bias is None else decode(bias, "bf16").astype(np.float64))

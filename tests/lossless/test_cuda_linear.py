@@ -46,7 +46,10 @@ def test_columns(columns: int, layout: int) -> None:
     """Every split that has a unit for each part, by cluster and by memory; blocks of escapes across bands and rows."""
     for splits in (1, 2, 4, 8):
         if splits <= columns // 128:
-            run(build.build(only="lossless_linear"), Case(3, 48, columns, layout, "escapes", splits, splits % 4 > 0, True))
+            run(
+                build.build(only="lossless_linear"),
+                Case(3, 48, columns, layout, "escapes", splits, splits % 4 > 0, True),
+            )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 127, 128, 129, 145, 257])
@@ -83,7 +86,9 @@ def test_each_weight_alone(layout: int) -> None:
     for first in (0, 64):
         x = encode(np.eye(128)[first : first + 64], "bf16")
         x_only = np.where(special, 0, w).astype(np.uint16)
-        found = run_matrix(build.build(only="lossless_linear"), Case(64, 16, 128, layout), Matrix(x_only, layout), x, None)
+        found = run_matrix(
+            build.build(only="lossless_linear"), Case(64, 16, 128, layout), Matrix(x_only, layout), x, None
+        )
         wanted = (x_only.astype(np.uint32) << 16).view(np.float32).astype(np.float64)[:, first : first + 64].T
         assert np.array_equal(found, wanted)
         with_special = run_matrix(build.build(only="lossless_linear"), Case(64, 16, 128, layout), matrix, x, None)
@@ -135,7 +140,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("layout", ["rows", "tiles"])
 def test_glue(device: None, layout: str) -> None:
     """What `compress` makes, x that is neither contiguous nor aligned, a bias; the caller's tensors are left alone."""
-    w = torch.nan_to_num(mostly_normal(48 * 384, torch.bfloat16).float(), 0, 0, 0).clamp(-4, 4).bfloat16().reshape(48, 384)
+    w = (
+        torch.nan_to_num(mostly_normal(48 * 384, torch.bfloat16).float(), 0, 0, 0)
+        .clamp(-4, 4)
+        .bfloat16()
+        .reshape(48, 384)
+    )
     compressed = lossless.compress(w, codec="p7", layout=layout)
     blob, plan = compressed.blob, compressed.header.plan()
     bias = torch.randn(96)[::2].bfloat16()

@@ -115,3 +115,5 @@ from . import cpp_encode  # noqa: E402,F401
 from . import triton_ops  # noqa: E402,F401
 from . import cpp_r8, reference  # noqa: E402,F401  (register their kernels)
 from . import cuda_linear  # noqa: E402,F401
+from . import cpp_decode, reference  # noqa: E402,F401  (they register their kernels)
+from . import cpp_linear  # noqa: E402,F401
