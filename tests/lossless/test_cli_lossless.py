@@ -70,7 +70,7 @@ def test_one_file(single: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", packed) == 0 and run("verify", packed, "--against", single) == 0
     assert run("unpack", packed, back) == 0
     assert same(load_plain(back), model())
-    assert run("verify", back) == 0
+    assert run("verify", back) == 0 and "ordinary file" in capsys.readouterr().out
     with safe_open(back) as file:
         assert file.metadata() == USER and not file.is_compressed
     assert sorted(p.name for p in single.parent.iterdir()) == [

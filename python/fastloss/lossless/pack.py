@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import container
-from .atomic_file import replacing
+from .atomic_file import is_temporary, replacing
 from .errors import CorruptError, FormatError
 from .file_index import VERSION
 from .safe_open import safe_open
@@ -38,7 +38,7 @@ def shards(folder: Path) -> list[Path]:
 def other_files(folder: Path) -> list[Path]:
     """What goes along unchanged: all files but shards, indexes of shards and what killed writers left."""
     found = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
-    kept = (p for p in found if not p.name.endswith(INDEX_SUFFIX) and not p.name.endswith(".partial"))
+    kept = (p for p in found if not p.name.endswith(INDEX_SUFFIX) and not is_temporary(p.name))
     return sorted(p.relative_to(folder) for p in kept)
 
 
@@ -118,6 +118,12 @@ def is_same(source: Path, packed: Path, dtype: torch.dtype | None = None) -> boo
     except (CorruptError, DifferError, FormatError, FileNotFoundError):
         return False
     return True
+
+
+def is_packed(path: Path) -> bool:
+    """Whether `save_file` wrote this file."""
+    with safe_open(path, verify="header") as file:
+        return file.is_compressed
 
 
 def dense_bytes(path: Path) -> int:
