@@ -47,25 +47,26 @@ void each_block(const LosslessBlocks &blocks, const ThreadRoom &rooms, int threa
 
 // The same with the numbers in their place; then(block, bytes, size) sees those of each block in the order of the
 // sequence while they are hot in cache. Results that would push everything else out of the cache pass it by, a whole
-// block after its escapes are in.
+// block after its escapes are in. Without `out` nothing is kept.
 template <class Then>
 void decode_all(LosslessBlocks blocks, int64_t first, int64_t count, uint8_t *out, const Then &then) {
   if (!count) return;
   const Compressed &c = blocks.c;
   const int64_t item = blocks.item, across = c.columns / kTileColumns;
   const int threads = blocks.threads(count, lossless_blocks(count) + 1);
-  const bool tiles = c.layout == kLayoutTiles, stream = !tiles && count * item > kStreamed;
+  const bool tiles = c.layout == kLayoutTiles, stream = out && !tiles && count * item > kStreamed;
+  const bool staged = tiles || stream || !out;
   blocks.ahead = count * item > kStreamed;
-  if (blocks.ahead) ask_for_huge_pages(out, size_t(count * item));
-  const ThreadRoom coded(threads, blocks.room()), rooms(threads, tiles || stream ? kLosslessBlock * item : 0);
+  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(count * item));
+  const ThreadRoom coded(threads, blocks.room()), rooms(threads, staged ? kLosslessBlock * item : 0);
   each_block(blocks, coded, threads, first, count,
              [&](int64_t block, int64_t at, const uint8_t *planes, int64_t from, int64_t to, int thread) {
                const int64_t place = block * kLosslessBlock + from - first, bytes = (to - from) * item;
-               uint8_t *room = tiles || stream ? rooms.of(thread) : out + place * item;
+               uint8_t *room = staged ? rooms.of(thread) : out + place * item;
                blocks.decode(block, at, planes, from, to, room);
                then(block, room, bytes);
                if (stream) blocks.stream_copy(room, bytes, out + place * item);
-               if (!tiles) return;
+               if (!tiles || !out) return;
                for (int64_t unit = place / kTile; unit < (place + to - from) / kTile; ++unit, room += kTile * item) {
                  uint8_t *corner = out + (unit / across * kTileRows * c.columns + unit % across * kTileColumns) * item;
                  if (item == 2) write_tile<uint32_t>(room, c.columns, corner);

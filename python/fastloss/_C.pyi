@@ -181,7 +181,6 @@ def hamming_topk_cuda(
     *, a: _Planes, b: _Planes, scale: int, count: int, keys: int, splits: int, values: int, index: int, plan: int,
     device: int, stream: int,
 ) -> None: ...  # fmt: skip
-
 def lossless_linear_parts_cuda(rows: int, columns: int, device: int) -> int: ...
 def lossless_linear_cuda(
     *, x: int, n: int, blob: int, plan: list[int], bias: int, out: int, parts: int, device: int, stream: int
