@@ -130,10 +130,9 @@ def test_autocast_takes_what_linear_takes() -> None:
     same(found[1][1], found[0][1])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_whole_with_any_number_of_rows(backend: str) -> None:
+def test_compiled_whole_with_any_number_of_rows() -> None:
     dense, layer = pair()
-    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (3, 5, 8):
         x = torch.randn(n, COLUMNS)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
