@@ -210,7 +210,7 @@ def test_layers_that_are_more_than_torchs_stay_with_a_reason() -> None:
     assert [x.name for x in report.compressed] == ["named"]
     reasons = {
         "own": "forward of its own", "hooked": "hooks", "pruned": "made of other tensors", "parametrized": "parametrized",
-        "patched": "forward of its own", "lazy": "Uninitialized", "renormed": "max_norm", "shared": "holder.kernel",
+        "patched": "forward of its own", "lazy": "hooks", "renormed": "max_norm", "shared": "holder.kernel",
         "noise": "not be smaller", "meta": "on meta", "hooked weight": "hooks",
     }  # fmt: skip
     assert set(report.skipped) == set(reasons)
