@@ -91,17 +91,18 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 
 } // namespace
 
-void bind_edges(py::module_ &m);           // bindings_edges.cpp
-void bind_bits(py::module_ &m);            // bindings_bits.cpp
-void bind_groups(py::module_ &m);          // bindings_groups.cpp
-void bind_hash(py::module_ &m);            // bindings_hash.cpp
-void bind_lowbit(py::module_ &m);          // bindings_lowbit.cpp
-void bind_pair_maps(py::module_ &m);       // bindings_pair_maps.cpp
-void bind_bits_cuda(py::module_ &m);       // bindings_bits_cuda.cpp
-void bind_quant(py::module_ &m);           // bindings_quant.cpp
-void bind_lossless(py::module_ &m);        // bindings_lossless.cpp
-void bind_lossless_encode(py::module_ &m); // bindings_lossless_encode.cpp
-void bind_lossless_r8(py::module_ &m);     // bindings_lossless_r8.cpp
+void bind_edges(py::module_ &m);                // bindings_edges.cpp
+void bind_bits(py::module_ &m);                 // bindings_bits.cpp
+void bind_groups(py::module_ &m);               // bindings_groups.cpp
+void bind_hash(py::module_ &m);                 // bindings_hash.cpp
+void bind_lowbit(py::module_ &m);               // bindings_lowbit.cpp
+void bind_pair_maps(py::module_ &m);            // bindings_pair_maps.cpp
+void bind_bits_cuda(py::module_ &m);            // bindings_bits_cuda.cpp
+void bind_quant(py::module_ &m);                // bindings_quant.cpp
+void bind_lossless(py::module_ &m);             // bindings_lossless.cpp
+void bind_lossless_encode(py::module_ &m);      // bindings_lossless_encode.cpp
+void bind_lossless_r8(py::module_ &m);          // bindings_lossless_r8.cpp
+void bind_lossless_linear_cuda(py::module_ &m); // bindings_lossless_linear_cuda.cpp
 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
@@ -363,6 +364,7 @@ PYBIND11_MODULE(_C, m) {
   bind_quant(m);
   bind_lossless(m);
   bind_lossless_r8(m);
+  bind_lossless_linear_cuda(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;

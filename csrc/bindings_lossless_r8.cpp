@@ -1,9 +1,11 @@
-// Python names of R8's loops: csrc/cpu/r8_decode.h says what each field is.
+// Python names of R8's loops: csrc/cpu/r8_decode.h and r8_encode.h say what each field is.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <memory>
 
 #include "cpu/r8_decode.h"
+#include "cpu/r8_encode.h"
 
 namespace py = pybind11;
 using namespace fastloss;
@@ -29,4 +31,18 @@ void decode_plane(uintptr_t frequencies, uintptr_t offsets, uintptr_t data, int6
 void bind_lossless_r8(py::module_ &m) {
   m.def("r8_decode_cpu", &decode_plane, py::kw_only(), py::arg("frequencies"), py::arg("offsets"), py::arg("data"),
         py::arg("data_bytes"), py::arg("numel"), py::arg("out"), py::arg("isa"));
+  py::class_<RansPayloads>(m, "RansPayloads")
+      .def("bytes", &RansPayloads::bytes)
+      .def("copy_to", [](const RansPayloads &payloads, uintptr_t data) {
+        py::gil_scoped_release release;
+        payloads.copy_to(pointer<uint8_t>(data));
+      });
+  m.def(
+      "r8_encode_cpu",
+      [](uintptr_t plane, uintptr_t frequencies, int64_t numel, uintptr_t offsets, int isa) {
+        py::gil_scoped_release release;
+        return std::make_unique<RansPayloads>(r8_encode_cpu(pointer<uint8_t>(plane), pointer<uint8_t>(frequencies),
+                                                            numel, pointer<int64_t>(offsets), isa));
+      },
+      py::kw_only(), py::arg("plane"), py::arg("frequencies"), py::arg("numel"), py::arg("offsets"), py::arg("isa"));
 }

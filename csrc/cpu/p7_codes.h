@@ -2,13 +2,9 @@
 // shuffles hold the whole table in registers.
 #pragma once
 #include "../lossless.h"
-#include "simd.h"
+#include "simd_bytes.h"
 
 #include <cstring>
-#include <string>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 namespace fastloss {
 
@@ -18,7 +14,8 @@ constexpr int kCodeBytes = kPairs * 7 / 8;      // of a group
 // first field | second field << 8 -> code, kEscapeCode where the table has no such pair.
 struct PairCodes {
   uint8_t code[1 << 16];
-  // The same by ranks of fields, where the table holds fewer than kRanks different ones; the last rank is of all others.
+  // The same by ranks of fields, where the table holds fewer than kRanks different ones; the last rank is of all
+  // others.
   static constexpr int kRanks = 32;
   bool ranked;
   uint8_t rank[256], code_of_ranks[kRanks * kRanks];
@@ -45,6 +42,7 @@ struct PairCodes {
 using EncodeGroups = void (*)(const PairCodes &codes, const uint8_t *fields, int64_t groups, uint8_t *out,
                               uint64_t *escaped);
 
+namespace scalar {
 inline void encode_groups(const PairCodes &codes, const uint8_t *fields, int64_t groups, uint8_t *out,
                           uint64_t *escaped) {
   constexpr uint64_t kLow = 0x3f * 0x0002040810204081, kTop = 0x40 * 0x0002040810204081; // of eight codes
@@ -64,9 +62,11 @@ inline void encode_groups(const PairCodes &codes, const uint8_t *fields, int64_t
     }
   }
 }
+} // namespace scalar
 
 #ifdef __x86_64__
-#define FASTLOSS_VBMI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")))
+namespace avx512vbmi {
+#define FASTLOSS_VBMI __attribute__((target(FASTLOSS_AVX512_BYTES)))
 
 // 64 codes of a byte each to 56 bytes: pairs of 7 bits become 14, then 28, then 56.
 FASTLOSS_VBMI inline void store_packed(uint8_t *out, __m512i codes) {
@@ -80,11 +80,10 @@ FASTLOSS_VBMI inline void store_packed(uint8_t *out, __m512i codes) {
   _mm512_mask_storeu_epi8(out, (uint64_t(1) << kCodeBytes) - 1, bytes);
 }
 
-FASTLOSS_VBMI inline __m512i entries(const uint8_t *p) { return _mm512_loadu_si512(p); }
-
-// PairCodes with ranks: 64 fields to ranks by 256 entries in four registers, 64 pairs of ranks to codes by 1024 in sixteen.
-FASTLOSS_VBMI inline void encode_groups_vbmi(const PairCodes &codes, const uint8_t *fields, int64_t groups,
-                                             uint8_t *out, uint64_t *escaped) {
+// PairCodes with ranks: 64 fields to ranks by 256 entries in four registers, 64 pairs of ranks to codes by 1024 in
+// sixteen.
+FASTLOSS_VBMI inline void encode_groups(const PairCodes &codes, const uint8_t *fields, int64_t groups, uint8_t *out,
+                                        uint64_t *escaped) {
   alignas(64) uint8_t first_of_pair[64], second_of_pair[64];
   for (int i = 0; i < 64; ++i) first_of_pair[i] = uint8_t(2 * i), second_of_pair[i] = uint8_t(2 * i + 1);
   const __m512i firsts = _mm512_load_si512(first_of_pair), seconds = _mm512_load_si512(second_of_pair);
@@ -92,8 +91,8 @@ FASTLOSS_VBMI inline void encode_groups_vbmi(const PairCodes &codes, const uint8
     __m512i rank[2];
     for (int h = 0; h < 2; ++h) {
       const __m512i field = _mm512_loadu_si512(fields + 64 * h);
-      const __m512i below = _mm512_permutex2var_epi8(entries(codes.rank), field, entries(codes.rank + 64));
-      const __m512i above = _mm512_permutex2var_epi8(entries(codes.rank + 128), field, entries(codes.rank + 192));
+      const __m512i below = _mm512_permutex2var_epi8(load_bytes(codes.rank), field, load_bytes(codes.rank + 64));
+      const __m512i above = _mm512_permutex2var_epi8(load_bytes(codes.rank + 128), field, load_bytes(codes.rank + 192));
       rank[h] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(field), below, above);
     }
     const __m512i first = _mm512_permutex2var_epi8(rank[0], firsts, rank[1]);
@@ -103,8 +102,8 @@ FASTLOSS_VBMI inline void encode_groups_vbmi(const PairCodes &codes, const uint8
         _mm512_or_si512(first, _mm512_and_si512(_mm512_slli_epi16(second, 5), _mm512_set1_epi8(0x60)));
     __m512i found[8];
     for (int t = 0; t < 8; ++t)
-      found[t] = _mm512_permutex2var_epi8(entries(codes.code_of_ranks + 128 * t), index,
-                                          entries(codes.code_of_ranks + 128 * t + 64));
+      found[t] = _mm512_permutex2var_epi8(load_bytes(codes.code_of_ranks + 128 * t), index,
+                                          load_bytes(codes.code_of_ranks + 128 * t + 64));
     for (int bit = 0, left = 8; bit < 3; ++bit) {
       const __mmask64 upper = _mm512_test_epi8_mask(second, _mm512_set1_epi8(char(4 << bit)));
       left /= 2;
@@ -115,11 +114,7 @@ FASTLOSS_VBMI inline void encode_groups_vbmi(const PairCodes &codes, const uint8
   }
 }
 #undef FASTLOSS_VBMI
-
-inline bool has_vbmi() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512vbmi");
-}
+} // namespace avx512vbmi
 #endif
 
 } // namespace fastloss

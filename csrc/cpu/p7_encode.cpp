@@ -1,6 +1,7 @@
-// docs/design.md, "The lossless contract": P7's histogram and encoder. A block is split, then its codes are looked up, then
-// what escaped is taken out of the planes; all of it in the first-level cache.
+// docs/design.md, "The lossless contract": P7's histogram and encoder. A block is split, then its codes are looked up,
+// then what escaped is taken out of the planes; all of it in the first-level cache.
 #include "p7_encode.h"
+#include "crc32c.h"
 #include "encoder_blocks.h"
 #include "p7_codes.h"
 
@@ -38,10 +39,10 @@ private:
 
 EncodeGroups encode_groups_for(const PairCodes &codes, int isa) {
 #ifdef __x86_64__
-  if (level_for(isa) >= kAvx512 && codes.ranked && has_vbmi()) return encode_groups_vbmi;
+  if (codes.ranked && byte_isa(isa) == kAvx512Bytes) return avx512vbmi::encode_groups;
 #endif
   (void)codes, (void)isa;
-  return encode_groups;
+  return scalar::encode_groups;
 }
 
 bool any_byte(const uint8_t *bytes, int64_t count) {
@@ -71,6 +72,8 @@ public:
       run.any[p] = run.any[p] || any_byte(parts_.bytes[p], lossless_padded(count_));
   }
 
+  uint32_t checksum(const Crc32c &crc) const { return crc.of(x_, count_ * bytes_); }
+
 private:
   const P7Encode &args_;
   const int number_, bytes_;
@@ -97,8 +100,7 @@ private:
     memcpy(run.values.data() + at, x_ + 2 * size_t(pair) * bytes, (2 * pair + 1 < count_ ? 2 : 1) * bytes);
     for (int p = 0; p < kSplits[number_].byte_planes; ++p)
       parts_.bytes[p][2 * pair] = parts_.bytes[p][2 * pair + 1] = 0;
-    for (int p = 0; p < kSplits[number_].bit_planes; ++p)
-      parts_.bits[p][pair / 4] &= uint8_t(~(3 << 2 * (pair % 4)));
+    for (int p = 0; p < kSplits[number_].bit_planes; ++p) parts_.bits[p][pair / 4] &= uint8_t(~(3 << 2 * (pair % 4)));
   }
 };
 
@@ -136,12 +138,15 @@ Escapes p7_encode_cpu(const P7Encode &args, int isa) {
   const SplitGroups split = split_groups_for(args.split.number, isa);
   const PairCodes codes(args.table);
   const EncodeGroups encode = encode_groups_for(codes, isa);
+  const Crc32c crc(isa);
   Escapes escapes;
   escapes.runs.resize(size_t(runs_of_blocks(numel)));
   each_run_of_blocks(numel, [&](int run, int64_t first, int64_t last) {
     Escapes::Run &found = escapes.runs[size_t(run)];
     for (int64_t b = first; b < last; ++b) {
-      EncodedBlock(args, b).encode(split, codes, encode, found);
+      EncodedBlock block(args, b);
+      block.encode(split, codes, encode, found);
+      if (args.crc) args.crc[b] = block.checksum(crc);
       args.offsets[b + 1] = found.positions.size(); // within the run
     }
   });

@@ -10,7 +10,7 @@ namespace fastloss {
 struct Escapes {
   struct Run {
     std::vector<uint16_t> positions;
-    std::vector<uint8_t> values; // two numbers a position
+    std::vector<uint8_t> values;    // two numbers a position
     bool any[kMostBytePlanes] = {}; // whether the blocks' byte plane holds a byte that is not 0
   };
   std::vector<Run> runs;
@@ -33,6 +33,7 @@ struct P7Encode {
   const uint8_t *table; // [256], section TABLE
   uint8_t *codes;
   uint64_t *offsets; // [blocks + 1]
+  uint32_t *crc;     // [blocks], section BLOCK_CRC; null: not wanted
 };
 
 // isa as in cpu.h.

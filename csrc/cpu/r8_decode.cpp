@@ -1,62 +1,12 @@
 // docs/design.md, "The lossless contract": R8 decoded with 32 lanes a block, the cursor clamped after each step.
 #include "r8_decode.h"
 #include "bit_blocks.h"
-
-#include <algorithm>
-#include <cstring>
+#include "r8_decode_avx512.h"
+#include "r8_streams.h"
 
 namespace fastloss {
-namespace {
-
-constexpr int kSlots = 256;
-
-// What a slot stands for, dealt in rising symbol; the escape has what is left, and always the last slot.
-struct RansTable {
-  alignas(64) uint8_t symbol[kSlots], frequency[kSlots], bias[kSlots]; // bias: slot - first slot of its symbol
-  int first_escape;
-};
-
-RansTable table_of(const uint8_t *frequencies) {
-  RansTable table;
-  int at = 0;
-  const auto deal = [&](int symbol, int slots) {
-    std::memset(table.symbol + at, symbol, size_t(slots));
-    std::memset(table.frequency + at, slots, size_t(slots));
-    for (int i = 0; i < slots; ++i) table.bias[at + i] = uint8_t(i);
-    at += slots;
-  };
-  for (int s = 0; s < kSlots; ++s)
-    if (frequencies[s]) deal(s, std::min<int>(frequencies[s], kSlots - 1 - at));
-  table.first_escape = at;
-  deal(0, kSlots - at);
-  return table;
-}
-
-// One block's stream. Never leaves [begin, end], however often a step asks: a step reads up to 32 bytes beyond.
-struct RansStream {
-  const uint8_t *begin, *end, *cursor, *literal; // literal: behind the next escaped byte, moving down
-  int64_t steps;
-};
-
-RansStream stream_of(const RansPlane &plane, int64_t numel, int64_t block) {
-  const uint64_t size = uint64_t(plane.data_bytes);
-  const uint64_t begin = std::min(plane.offsets[block], size);
-  const uint64_t end = std::max(std::min(plane.offsets[block + 1], size), begin);
-  const int64_t numbers = std::min(kLosslessBlock, numel - block * kLosslessBlock);
-  const uint8_t *first = plane.data + begin, *last = plane.data + end;
-  const uint8_t *bytes = first + std::min<uint64_t>(end - begin, 2 * kRansLanes);
-  return {first, last, bytes, last, (numbers + kRansLanes - 1) / kRansLanes};
-}
-
-// The escaped bytes of a step, `lanes` a mask.
-inline void read_literals(RansStream &stream, uint64_t lanes, uint8_t *out) {
-  for (; lanes; lanes &= lanes - 1) {
-    if (stream.literal > stream.begin) --stream.literal;
-    out[__builtin_ctzll(lanes)] = *stream.literal;
-  }
-}
-
 namespace scalar {
+namespace {
 
 void decode(const RansTable &table, RansStream stream, uint8_t *out) {
   uint32_t entries[kSlots]; // frequency, bias, symbol, escape: a byte each
@@ -71,10 +21,10 @@ void decode(const RansTable &table, RansStream stream, uint8_t *out) {
     for (int lane = 0; lane < kRansLanes; ++lane) {
       const uint32_t x = states[lane], entry = entries[x & 255];
       const uint32_t after = (entry & 255) * (x >> 8) + (entry >> 8 & 255);
-      const bool need = after < 256;
+      const uint32_t need = after < 256; // 0 or 1: as a branch it would be guessed wrong all the time
       out[lane] = uint8_t(entry >> 16);
       escapes |= entry >> 24 << lane;
-      states[lane] = uint16_t(need ? after << 8 | *cursor : after);
+      states[lane] = uint16_t(after << 8 * need | (*cursor & (0 - need)));
       cursor += need;
     }
     stream.cursor = std::min(cursor, stream.end);
@@ -82,20 +32,23 @@ void decode(const RansTable &table, RansStream stream, uint8_t *out) {
   }
 }
 
-} // namespace scalar
 } // namespace
+} // namespace scalar
 
 void r8_decode_blocks(const RansPlane &plane, int64_t numel, int64_t first_block, int64_t count, uint8_t *out,
                       int isa) {
   const int level = level_for(isa);
-  (void)level;
   const RansTable table = table_of(plane.frequencies);
+  RansStream streams[kRansBlocks];
+  for (int64_t b = 0; b < count; ++b) streams[b] = stream_of(plane, numel, first_block + b);
+#ifdef __x86_64__
+  if (level >= kAvx512 && has_byte_look_ups()) avx512::decode(table, streams, int(count), out);
+  else
+#endif
+    for (int64_t b = 0; b < count; ++b) scalar::decode(table, streams[b], out + b * kLosslessBlock);
   for (int64_t b = 0; b < count; ++b) {
-    const RansStream stream = stream_of(plane, numel, first_block + b);
-    uint8_t *bytes = out + b * kLosslessBlock;
-    scalar::decode(table, stream, bytes);
-    const int64_t made = stream.steps * kRansLanes;
-    std::memset(bytes + made, 0, size_t(kLosslessBlock - made));
+    const int64_t made = streams[b].steps * kRansLanes;
+    std::memset(out + b * kLosslessBlock + made, 0, size_t(kLosslessBlock - made));
   }
 }
 

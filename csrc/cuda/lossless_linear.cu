@@ -1,9 +1,9 @@
-// lossless_linear (docs/design.md, "The lossless contract"): y = x Wᵀ + bias from the P7 blob of a bf16 matrix, which is
-// decoded into the registers of the tensor cores and nowhere else.
+// lossless_linear (docs/design.md, "The lossless contract"): y = x Wᵀ + bias from the P7 blob of a bf16 matrix, which
+// is decoded into the registers of the tensor cores and nowhere else.
 //
-// A warp has a band of 16 rows, a block eight bands and a part of the columns. The blocks that share rows are a cluster:
-// each leaves its sums in shared memory, and they are added in the order of the parts, so that the result is the same
-// every time. Below sm_90 the sums go through memory, to a second kernel.
+// A warp has a band of 16 rows, a block eight bands and a part of the columns. The blocks that share rows are a
+// cluster: each leaves its sums in shared memory, and they are added in the order of the parts, so that the result is
+// the same every time. Below sm_90 the sums go through memory, to a second kernel.
 //
 // Escaped pairs are +0 in the matrix of codes. They are eight more columns each time eight of them are read: pair p of
 // the list is columns 2 p and 2 p + 1 of a matrix that is zero but in the row of the pair, and the same tensor core
@@ -81,8 +81,7 @@ __device__ inline __nv_bfloat16 rounded(float y, const __nv_bfloat16 *bias, int6
 }
 
 template <int LAYOUT, int TILES>
-__global__ void __launch_bounds__(kThreads, 2)
-    lossless_linear_kernel(const __grid_constant__ LinearOperands p) {
+__global__ void __launch_bounds__(kThreads, 2) lossless_linear_kernel(const __grid_constant__ LinearOperands p) {
   using S = Stages<TILES>;
   SHARED_DYNAMIC(char, shared);
   char *const stages = shared + kTableBytes;
@@ -90,40 +89,40 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int part = int(blockIdx.x) % p.splits;
   const int64_t block = blockIdx.x / p.splits, row0 = block * kBlockRows;
+  // Warps beyond the last band repeat it: where no warp leaves the others, addresses are in uniform registers.
   const int64_t bands = (p.rows + kUnitRows - 1) / kUnitRows, band = min(block * kWarps + warp, bands - 1);
-  const bool active = block * kWarps + warp < bands;
   const int first = int(int64_t(p.units) * part / p.splits);
   const int count = int(int64_t(p.units) * (part + 1) / p.splits) - first;
   fill_table(p.table, shared, threadIdx.x, kThreads);
 
-  Units<LAYOUT> units(p, band, lane);
+  Units<LAYOUT> units(p, band, first, lane);
   const int x_row = threadIdx.x / 16, x_chunk = threadIdx.x % 16;
   const int x_to = Units<LAYOUT>::input_chunk(x_row, x_chunk) * 16;
-  const auto stage = [&](int unit) {
-    if (unit < count) {
-      const SharedAddress to = stages_address + unit % S::kCount * S::kBytes;
+  const __nv_bfloat16 *x_from = p.x + x_row * p.columns() + int64_t(first) * kUnitColumns + x_chunk * 8;
+  SharedAddress to = stages_address;
+  int left = count; // to be staged
+  const auto stage = [&] {
+    if (left > 0) {
 #pragma unroll
       for (int i = 0; i < (TILES + 1) / 2; ++i)
-        if (TILES > 1 || x_row < 8) {
-          const int row = x_row + 16 * i;
-          const __nv_bfloat16 *const from =
-              p.x + min(row, p.n - 1) * p.columns() + int64_t(first + unit) * kUnitColumns + x_chunk * 8;
-          cp_async16(to + x_to + 4096 * i, from, row < p.n ? 16 : 0);
-        }
-      if (active) units.stage(to + TILES * kInputTile + warp * kUnit, first + unit);
+        if (TILES > 1 || x_row < 8) // rows beyond n are zero
+          cp_async16(to + x_to + 4096 * i, x_from + 16 * i * p.columns(), x_row + 16 * i < p.n ? 16 : 0);
+      units.stage(to + TILES * kInputTile + warp * kUnit);
+      x_from += kUnitColumns;
+      to = to == stages_address + (S::kCount - 1) * S::kBytes ? stages_address : to + S::kBytes;
+      --left;
     }
     cp_async_commit();
   };
 
   float sum[TILES][4] = {};
 #pragma unroll
-  for (int unit = 0; unit < S::kCount - 1; ++unit) stage(unit);
+  for (int i = 0; i < S::kCount - 1; ++i) stage();
+  char *at = stages;
   for (int unit = 0; unit < count; ++unit) {
     cp_async_wait<S::kCount - 2>();
     __syncthreads(); // the unit is there, and all have done with the one before
-    stage(unit + S::kCount - 1);
-    if (!active) continue;
-    char *const at = stages + unit % S::kCount * S::kBytes;
+    stage();
     units.load(at + TILES * kInputTile + warp * kUnit);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
@@ -138,8 +137,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         mma_m16n8k16_bf16(sum[tile], a[1], {b[2], b[3]});
       }
     }
+    at = at == stages + (S::kCount - 1) * S::kBytes ? stages : at + S::kBytes;
   }
-  if (active && p.escapes) add_escapes<LAYOUT, TILES>(sum, p, band, part, p.splits, lane);
+  if (p.escapes) add_escapes<LAYOUT, TILES>(sum, p, band, part, p.splits, lane);
 
   cp_async_wait<0>();
   __syncthreads(); // all have done with the stages

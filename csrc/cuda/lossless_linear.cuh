@@ -1,12 +1,13 @@
 // How a warp reads units of 16 x 128 numbers of a P7 matrix as A fragments of mma.m16n8k16, in either layout.
 //
-// A stage in shared memory holds a unit for each warp, 2048 bytes of the plane and 896 of codes as cp.async brings them,
-// and 128 columns of x. Layout tiles has the numbers of a lane one behind the other. Of layout rows a lane takes 32
-// consecutive numbers of two rows: in which order a product runs through its columns is free, as long as x goes along.
+// A stage in shared memory holds a unit for each warp, 2048 bytes of the plane and 896 of codes as cp.async brings
+// them, and 128 columns of x. Layout tiles has the numbers of a lane one behind the other. Of layout rows a lane takes
+// 32 consecutive numbers of two rows: in which order a product runs through its columns is free, as long as x goes
+// along.
 //
-// Bank conflicts, counted in wavefronts of 128 bytes for a warp and unit: the plane 16 to write and 16 to read (chunks of
-// 16 bytes are exchanged by row), codes 7 and 7 (tiles: a stride of 7 words is odd; rows: 16, as lanes 2 and 3 of a row
-// meet others), x 16 for every eight of its rows, the table 32 (a copy of its 128 entries in every bank).
+// Bank conflicts, counted in wavefronts of 128 bytes for a warp and unit: the plane 16 to write and 16 to read (chunks
+// of 16 bytes are exchanged by row), codes 7 and 7 (tiles: a stride of 7 words is odd; rows: 16, as lanes 2 and 3 of a
+// row meet others), x 16 for every eight of its rows, the table 32 (a copy of its 128 entries in every bank).
 #pragma once
 #include "common.cuh"
 #include "lossless_linear.h"
@@ -20,7 +21,7 @@ constexpr int kInputTile = 8 * kUnitColumns * 2; // eight rows of x
 
 // What the kernel reads, by value.
 struct LinearOperands {
-  const uint8_t *table, *codes, *plane; // plane null: all zero
+  const uint8_t *table, *codes, *plane;
   const uint64_t *escape_offsets;
   const uint16_t *escape_positions;
   const unsigned *escape_values; // two numbers each
@@ -40,8 +41,8 @@ __device__ inline void fill_table(const uint8_t *table, char *shared, int thread
   }
 }
 
-// The address in this lane's copy of the table of code `pair` of a string of codes of 7 bits. All but the words is known
-// when it is compiled: a shift, and a merge.
+// The address in this lane's copy of the table of code `pair` of a string of codes of 7 bits. All but the words is
+// known when it is compiled: a shift, and a merge.
 __device__ __forceinline__ unsigned code_address(const unsigned *words, int pair, unsigned lane_offset) {
   const int word = 7 * pair / 32, bit = 7 * pair % 32;
   unsigned v;
@@ -67,20 +68,18 @@ template <int LAYOUT> class Units;
 
 template <> class Units<kLayoutTiles> {
 public:
-  __device__ Units(const LinearOperands &p, int64_t band, int lane)
-      : codes_(p.codes + band * p.units * kUnitCodes + lane * 16),
-        plane_(p.plane ? p.plane + band * p.units * kUnitPlane + lane * 16 : codes_), plane_bytes_(p.plane ? 16 : 0),
-        lane_(lane) {}
+  __device__ Units(const LinearOperands &p, int64_t band, int first, int lane)
+      : codes_(p.codes + (band * p.units + first) * kUnitCodes + lane * 16),
+        plane_(p.plane + (band * p.units + first) * kUnitPlane + lane * 16), lane_(lane) {}
 
-  // cp.async of a unit, by a warp.
-  __device__ void stage(SharedAddress to, int unit) const {
-    const uint8_t *const plane = plane_ + (plane_bytes_ ? int64_t(unit) * kUnitPlane : 0);
-    const uint8_t *const codes = codes_ + int64_t(unit) * kUnitCodes;
+  // cp.async of the next unit, by a warp.
+  __device__ void stage(SharedAddress to) {
     const int chunk = (lane_ ^ (lane_ >> 3 & 3)) * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) cp_async16(to + chunk + 512 * i, plane + (plane_bytes_ ? 512 * i : 0), plane_bytes_);
-    cp_async16(to + kUnitPlane + lane_ * 16, codes);
-    if (lane_ < 24) cp_async16(to + kUnitPlane + 512 + lane_ * 16, codes + 512);
+    for (int i = 0; i < 4; ++i) cp_async16(to + chunk + 512 * i, plane_ + 512 * i);
+    cp_async16(to + kUnitPlane + lane_ * 16, codes_);
+    if (lane_ < 24) cp_async16(to + kUnitPlane + 512 + lane_ * 16, codes_ + 512);
+    plane_ += kUnitPlane, codes_ += kUnitCodes;
   }
 
   // The bytes of this lane.
@@ -109,37 +108,32 @@ public:
 
 private:
   const uint8_t *codes_, *plane_;
-  unsigned plane_bytes_;
   int lane_;
   unsigned plane_words_[16], code_words_[7];
 };
 
 template <> class Units<kLayoutRows> {
 public:
-  __device__ Units(const LinearOperands &p, int64_t band, int lane)
-      : codes_(p.codes), plane_(p.plane ? p.plane : p.codes), plane_bytes_(p.plane ? 16 : 0), lane_(lane) {
-    const int64_t first = band * kUnitRows;
-    const int last = int(min(p.rows - first, int64_t(kUnitRows)) - 1); // rows beyond are copies of it
-    codes_ += first * p.units * 56;
-    if (plane_bytes_) plane_ += first * p.units * kUnitColumns;
+  __device__ Units(const LinearOperands &p, int64_t band, int first, int lane)
+      : codes_(p.codes + (band * kUnitRows * p.units + first) * 56),
+        plane_(p.plane + (band * kUnitRows * p.units + first) * kUnitColumns), lane_(lane) {
+    const int last = int(min(p.rows - band * kUnitRows, int64_t(kUnitRows)) - 1); // rows beyond are copies of it
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int in_codes = 32 * i + lane;
       from_codes_[i] = unsigned(min(in_codes / 7, last) * p.units * 56 + in_codes % 7 * 8);
-      from_plane_[i] =
-          plane_bytes_ ? unsigned(min(4 * i + lane / 8, last) * p.units * kUnitColumns + lane % 8 * 16) : 0;
+      from_plane_[i] = unsigned(min(4 * i + lane / 8, last) * p.units * kUnitColumns + lane % 8 * 16);
     }
   }
 
-  __device__ void stage(SharedAddress to, int unit) const {
-    const uint8_t *const plane = plane_ + (plane_bytes_ ? int64_t(unit) * kUnitColumns : 0);
-    const uint8_t *const codes = codes_ + int64_t(unit) * 56;
+  __device__ void stage(SharedAddress to) {
     const int chunk = (lane_ ^ (lane_ >> 3 & 1)) * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) cp_async16(to + chunk + 512 * i, plane + from_plane_[i], plane_bytes_);
+    for (int i = 0; i < 4; ++i) cp_async16(to + chunk + 512 * i, plane_ + from_plane_[i]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) // 56 bytes of a row: aligned to 8
-      if (i < 3 || lane_ < 16) cp_async8(to + kUnitPlane + 256 * i + lane_ * 8, codes + from_codes_[i]);
+      if (i < 3 || lane_ < 16) cp_async8(to + kUnitPlane + 256 * i + lane_ * 8, codes_ + from_codes_[i]);
+    plane_ += kUnitColumns, codes_ += 56;
   }
 
   // Of rows g and g + 8 the numbers 32 t to 32 t + 31; their codes begin in the middle of a word where t is odd.
@@ -150,7 +144,8 @@ public:
       const char *const plane = unit + (g + 8 * half) * 128;
       load4(plane_words_[half], plane + (2 * t ^ (g & 1)) * 16);
       load4(plane_words_[half] + 4, plane + ((2 * t + 1) ^ (g & 1)) * 16);
-      const unsigned *const codes = reinterpret_cast<const unsigned *>(unit + kUnitPlane + (g + 8 * half) * 56) + 7 * t / 2;
+      const unsigned *const codes =
+          reinterpret_cast<const unsigned *>(unit + kUnitPlane + (g + 8 * half) * 56) + 7 * t / 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         code_words_[half][i] = __funnelshift_r(codes[i], i < 3 ? codes[i + 1] : 0, 16 * (t & 1));
@@ -164,9 +159,7 @@ public:
   }
 
   // A lane reads 64 consecutive bytes of a row.
-  static __device__ int input_chunk(int row, int chunk) {
-    return row * 16 + (chunk ^ (chunk >> 3) ^ (row & 1) * 2);
-  }
+  static __device__ int input_chunk(int row, int chunk) { return row * 16 + (chunk ^ (chunk >> 3) ^ (row & 1) * 2); }
   __device__ void inputs(unsigned (&b)[4], char *tile, int s) const {
     const int row = lane_ >> 2, chunk = 4 * (lane_ & 3) + s;
     load4(b, tile + input_chunk(row, chunk) * 16);
@@ -174,7 +167,7 @@ public:
 
 private:
   const uint8_t *codes_, *plane_;
-  unsigned plane_bytes_, from_codes_[4], from_plane_[4];
+  unsigned from_codes_[4], from_plane_[4];
   int lane_;
   unsigned plane_words_[2][8], code_words_[2][4];
 };

@@ -9,7 +9,7 @@ constexpr int64_t kMostLosslessInputs = 64; // rows of x; for more, decoding onc
 
 // out[i, r] = sum over k of x[i, k] W[r, k] + bias[r], summed in fp32 in an order of its own, rounded once.
 struct CudaLosslessLinear {
-  Compressed w;     // P7 of bf16, columns a multiple of 128, aligned to 16 bytes
+  Compressed w;     // P7 of bf16 with its byte plane, columns a multiple of 128, aligned to 16 bytes
   const void *x;    // bf16 [n, columns], aligned to 16 bytes
   int64_t n;        // 1 to kMostLosslessInputs
   const void *bias; // bf16 [rows], or null

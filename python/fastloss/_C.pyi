@@ -181,6 +181,10 @@ def hamming_topk_cuda(
     *, a: _Planes, b: _Planes, scale: int, count: int, keys: int, splits: int, values: int, index: int, plan: int,
     device: int, stream: int,
 ) -> None: ...  # fmt: skip
+def lossless_linear_parts_cuda(rows: int, columns: int, device: int) -> int: ...
+def lossless_linear_cuda(
+    *, x: int, n: int, blob: int, plan: list[int], bias: int, out: int, parts: int, device: int, stream: int
+) -> None: ...  # fmt: skip
 
 class FakeQuant:
     """csrc/cpu/fake_quant.h"""
@@ -239,3 +243,9 @@ def crc32c_cpu(*, data: int, bytes: int, block: int, crcs: int, isa: int) -> Non
 def r8_decode_cpu(
     *, frequencies: int, offsets: int, data: int, data_bytes: int, numel: int, out: int, isa: int
 ) -> None: ...  # fmt: skip
+
+class RansPayloads:
+    def bytes(self) -> int: ...
+    def copy_to(self, data: int) -> None: ...
+
+def r8_encode_cpu(*, plane: int, frequencies: int, numel: int, offsets: int, isa: int) -> RansPayloads: ...

@@ -58,6 +58,25 @@ def lossless_decode_checked(blob: Tensor, plan: Sequence[int], out: Tensor) -> i
     )
 
 
+@kernel("lossless_verify", "cpp", why_not)
+def lossless_verify(blob: Tensor, plan: Sequence[int], dtype: torch.dtype) -> int:
+    """The first block whose checksum is wrong, or -1; the decoded numbers never leave the cache."""
+    blob = aligned(blob)
+    return _C.lossless_decode_checked_cpu(  # type: ignore[union-attr]
+        blob=pointer(blob), plan=list(plan), item=dtype.itemsize, out=0, isa=backend_cpp.ISA
+    )
+
+
+@kernel("lossless_decode_into", "cpp", lambda blob, plan, out: why_not_checked(blob, plan, out))
+def lossless_decode_into(blob: Tensor, plan: Sequence[int], out: Tensor) -> None:
+    """Decode everything into the 1-D contiguous `out`."""
+    blob = aligned(blob)
+    _C.lossless_decode_cpu(  # type: ignore[union-attr]
+        blob=pointer(blob), plan=list(plan), item=out.element_size(), first=0, count=plan[3], out=pointer(out),
+        isa=backend_cpp.ISA,
+    )  # fmt: skip
+
+
 @kernel("lossless_rows", "cpp", why_not)
 def lossless_rows(blob: Tensor, plan: Sequence[int], index: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of the matrix; IndexError for a row that there is not."""

@@ -109,7 +109,12 @@ _define(
     _check_dfloat11,
 )
 
-from . import reference  # noqa: E402,F401  (registers its kernels)
-from . import cpp_decode  # noqa: E402,F401
-from . import cpp_encode  # noqa: E402,F401
-from . import triton_ops  # noqa: E402,F401
+from . import (  # noqa: E402,F401  (they register their kernels)
+    cpp_decode,
+    cpp_encode,
+    cpp_linear,
+    cpp_r8,
+    cuda_linear,
+    reference,
+    triton_ops,
+)
