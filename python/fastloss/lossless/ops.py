@@ -115,15 +115,10 @@ from . import (  # noqa: E402,F401  (they register their kernels)
     cpp_encode,
     cpp_linear,
     cpp_r8,
+    cuda_codec,
+    cuda_encode,
     cuda_linear,
     reference,
     reference_dfloat11,
     triton_ops,
 )
-from . import reference  # noqa: E402,F401  (registers its kernels)
-from . import cpp_decode  # noqa: E402,F401
-from . import cpp_encode  # noqa: E402,F401
-from . import triton_ops  # noqa: E402,F401
-from . import cpp_r8, reference  # noqa: E402,F401  (register their kernels)
-from . import cuda_linear  # noqa: E402,F401
-from . import cuda_codec, cuda_encode  # noqa: E402,F401
