@@ -5,6 +5,9 @@
 #include "lossless_blocks.h"
 
 #include <atomic>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 namespace fastloss {
 namespace {
@@ -31,17 +34,23 @@ void each_block(const LosslessBlocks &blocks, const ThreadRoom &rooms, int threa
                 const Body &body) {
   const int64_t begin = first / kLosslessBlock, end = lossless_blocks(first + count), together = blocks.together();
   const int64_t tasks = (end - begin + together - 1) / together;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int thread = omp_get_thread_num();
-    const int64_t block = begin + task * together, some = std::min(together, end - block);
-    uint8_t *coded = rooms.of(thread);
-    blocks.decode_coded(block, some, coded);
-    for (int64_t at = 0; at < some; ++at) {
-      const int64_t start = (block + at) * kLosslessBlock;
-      body(block + at, at, coded, std::max<int64_t>(first - start, 0),
-           std::min(first + count - start, blocks.numbers(block + at)), thread);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int thread = omp_get_thread_num();
+      const int64_t block = begin + task * together, some = std::min(together, end - block);
+      uint8_t *coded = rooms.of(thread);
+      blocks.decode_coded(block, some, coded);
+      for (int64_t at = 0; at < some; ++at) {
+        const int64_t start = (block + at) * kLosslessBlock;
+        body(block + at, at, coded, std::max<int64_t>(first - start, 0),
+             std::min(first + count - start, blocks.numbers(block + at)), thread);
+      }
     }
+#ifdef __x86_64__
+    _mm_sfence(); // before anyone reads what passed the cache by
+#endif
   }
 }
 
