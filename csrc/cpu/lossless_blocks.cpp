@@ -10,7 +10,7 @@ namespace fastloss {
 
 namespace {
 
-constexpr int64_t kChunk = 1024; // numbers whose fields stay in L1 between look-up and merge
+constexpr int64_t kChunk = 512; // numbers whose fields stay in L1 between look-up and merge
 
 alignas(64) constexpr uint8_t kZeros[kChunk] = {}; // a plane that is not stored
 
