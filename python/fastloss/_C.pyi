@@ -187,6 +187,11 @@ def lossless_linear_cuda(
     *, x: int, n: int, blob: int, plan: list[int], bias: int, out: int, parts: int, device: int, stream: int
 ) -> None: ...  # fmt: skip
 
+def dfloat11_decode_cuda(
+    *, luts: int, tables: int, codes: int, code_bytes: int, sign_mantissa: int, output_positions: int, gaps: int,
+    gap_bytes: int, out: int, numel: int, threads: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+
 class FakeQuant:
     """csrc/cpu/fake_quant.h"""
 

@@ -114,4 +114,4 @@ from . import cpp_decode  # noqa: E402,F401
 from . import cpp_encode  # noqa: E402,F401
 from . import triton_ops  # noqa: E402,F401
 from . import cpp_r8, reference  # noqa: E402,F401  (register their kernels)
-from . import cuda_linear  # noqa: E402,F401
+from . import cuda_dfloat11, cuda_linear  # noqa: E402,F401
