@@ -20,14 +20,15 @@ LANES = tl.constexpr(32)
 ESCAPE = tl.constexpr(256)  # the symbol
 FAR = tl.constexpr(1 << 30)  # longer than any payload
 BLOCKS = 4  # a program, a warp each
+EACH = 16  # entries a program
 
 
 @triton.jit
-def r8_table_kernel(frequencies, entries):
-    """entries [256]: symbol | slots of it << 9 | the slot's place among them << 18, of each slot, whatever the frequencies sum to."""
-    s = tl.arange(0, 256)
-    end = tl.cumsum(tl.load(frequencies + s).to(tl.int32), 0)
-    slot = tl.arange(0, 256)
+def r8_table_kernel(frequencies, entries, EACH: tl.constexpr):
+    """entries [256]: symbol | slots of it << 9 | the slot's place among them << 18, of each slot, whatever the frequencies sum to;
+    a program makes EACH of them."""
+    end = tl.cumsum(tl.load(frequencies + tl.arange(0, 256)).to(tl.int32), 0)
+    slot = tl.program_id(0) * EACH + tl.arange(0, EACH)
     before = end[None, :] <= slot[:, None]
     symbol = tl.sum(before.to(tl.int32), 1)
     start = tl.max(tl.where(before, end[None, :], 0), 1)
@@ -130,7 +131,7 @@ def _stream(
     frequencies, data = p.section(kind), p.section(kind + 2)
     assert data is not None  # check_plan
     entries = torch.empty(256, dtype=torch.int32, device=out.device)
-    r8_table_kernel[(1,)](frequencies, entries, num_warps=4)
+    r8_table_kernel[(256 // EACH,)](frequencies, entries, EACH=EACH, num_warps=4)
     r8_decode_kernel[(triton.cdiv(blocks, BLOCKS),)](
         entries, p.section(kind + 1, torch.int64, 8 * first_block), data, which, *planes, bits, out, data.numel(),
         p.numel - first_block * BLOCK.value, low, high, blocks, NUMBER=number, PLANES=BYTE_PLANES.get(number, 0),

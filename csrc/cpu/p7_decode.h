@@ -47,8 +47,8 @@ FASTLOSS_WORD Lookup128 lookup_of(const uint8_t *entries) {
 // Eight codes in each half, as 16-bit numbers: a code lies within two neighbouring bytes, and a product moves it to
 // the top of these.
 FASTLOSS_WORD Bytes sixteen_codes(const uint8_t *codes) {
-  const Bytes places = _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4,
-                                        5, 5, 6, 6, 7);
+  const Bytes places =
+      _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7);
   const Bytes shifts = _mm256_setr_epi16(512, 4, 8, 16, 32, 64, 128, 256, 512, 4, 8, 16, 32, 64, 128, 256);
   const Bytes both = _mm256_set_m128i(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes + 7)),
                                       _mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes)));
@@ -75,10 +75,10 @@ p7_fields(const uint8_t *table, const uint8_t *codes, int64_t groups, uint8_t *f
 
 namespace avx512vbmi {
 // Byte 8 q + k: where the k-th of the 7 bytes of codes 8 q .. 8 q + 7 lies.
-alignas(64) constexpr uint8_t kSevens[64] = {
-    0,  1,  2,  3,  4,  5,  6,  7,  7,  8,  9,  10, 11, 12, 13, 14, 14, 15, 16, 17, 18, 19,
-    20, 21, 21, 22, 23, 24, 25, 26, 27, 28, 28, 29, 30, 31, 32, 33, 34, 35, 35, 36, 37, 38,
-    39, 40, 41, 42, 42, 43, 44, 45, 46, 47, 48, 49, 49, 50, 51, 52, 53, 54, 55, 56};
+alignas(64) constexpr uint8_t kSevens[64] = {0,  1,  2,  3,  4,  5,  6,  7,  7,  8,  9,  10, 11, 12, 13, 14,
+                                             14, 15, 16, 17, 18, 19, 20, 21, 21, 22, 23, 24, 25, 26, 27, 28,
+                                             28, 29, 30, 31, 32, 33, 34, 35, 35, 36, 37, 38, 39, 40, 41, 42,
+                                             42, 43, 44, 45, 46, 47, 48, 49, 49, 50, 51, 52, 53, 54, 55, 56};
 
 [[maybe_unused]] __attribute__((target(FASTLOSS_AVX512_BYTES))) static void
 p7_fields(const uint8_t *table, const uint8_t *codes, int64_t groups, uint8_t *fields) {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cuda_host import build
-from cuda_host.dfloat11_decode import CDfloat11, Case, Stream, decode, run, small_cases, stream_of
+from cuda_host.dfloat11_decode import Case, CDfloat11, Stream, decode, run, small_cases, stream_of
 from fastloss import backend_cuda
 from fastloss.lossless import cuda_dfloat11
 

@@ -24,10 +24,12 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    Fault("words read before they are there", "__syncthreads(); // words", "if (!WRONG) __syncthreads(); // words", ("desc", "tsan")),
+    Fault("words read before they are there", "__syncthreads(); // words",
+          "if (!WRONG) __syncthreads(); // words", ("desc", "tsan")),
     Fault("symbols written before they are there", "__syncthreads(); // the symbols",
           "if (!WRONG) __syncthreads(); // the symbols"),
-    Fault("symbols overwritten", "__syncthreads(); // before the next", "if (!WRONG) __syncthreads(); // before the next", ("tsan",)),
+    Fault("symbols overwritten", "__syncthreads(); // before the next",
+          "if (!WRONG) __syncthreads(); // before the next", ("tsan",)),
     Fault("sums read before they are there", "__syncthreads(); // all sums", "if (!WRONG) __syncthreads(); // all sums"),
     Fault("one round only", "round < here; round += kRound", "round < here; round += WRONG ? here : kRound"),
     Fault("a code of the next thread", "at + probe.last < end", "WRONG || at + probe.last < end"),

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lossless_cases import CODED, SIZES, bits, constant, every_pattern, mostly_normal, normal, uniform_bits
 from torch import Tensor
 
 from fastloss import backend_cpp, lossless, registry
 from fastloss.compiled import _C, MISSING
 from fastloss.lossless.contract import NUMBERS, P7_NUMBERS, pair_table
+from lossless_cases import CODED, SIZES, bits, constant, every_pattern, mostly_normal, normal, uniform_bits
 
 pytestmark = pytest.mark.skipif(_C is None, reason=str(MISSING))
 
