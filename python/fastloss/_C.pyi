@@ -220,6 +220,11 @@ def r8_move_cuda(
     *, scratch: int, numel: int, literals: int, offsets: int, data: int, device: int, stream: int
 ) -> None: ...  # fmt: skip
 
+def dfloat11_decode_cuda(
+    *, luts: int, tables: int, codes: int, code_bytes: int, sign_mantissa: int, output_positions: int, gaps: int,
+    gap_bytes: int, out: int, numel: int, threads: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+
 class FakeQuant:
     """csrc/cpu/fake_quant.h"""
 
