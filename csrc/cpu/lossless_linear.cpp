@@ -32,7 +32,7 @@ LinearEngine engine_for(int64_t n, int isa) {
   const bool bytes = byte_isa(isa) == kAvx512Bytes;
   if (level == kAvx512Bf16 && bytes) {
     const bool tiles = isa == kBestIsa && n > kFewRows && linear::has_amx_bf16();
-    return tiles ? avx512vbmi::tile_engine() : avx512vbmi::dot_engine();
+    return tiles ? avx512vbmi::tile_engine(n) : avx512vbmi::dot_engine();
   }
   if (level >= kAvx512)
     return bytes ? avx512::fp32_engine<avx512vbmi::p7_fields>() : avx512::fp32_engine<avx2::p7_fields>();
