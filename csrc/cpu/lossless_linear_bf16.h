@@ -60,8 +60,8 @@ inline void lay_dots(const uint16_t *x, int64_t n, int64_t columns, void *laid) 
     for (int j = 0; j < kLosslessGroup; ++j) out[g + place_in_group(j)] = x[g + j];
 }
 
-// Asks for the codes and bytes of the group that is `kAhead` numbers further: the processor's own look ahead ends with a
-// page. An address that is not mapped does no harm.
+// Asks for the codes and bytes of the group that is `kAhead` numbers further: the processor's own look ahead ends with
+// a page. An address that is not mapped does no harm.
 constexpr int64_t kAhead = 2048;
 FASTLOSS_BF16_INLINE void look_ahead(const uint8_t *codes, const uint8_t *low) {
   _mm_prefetch(codes + kAhead / kLosslessGroup * kP7GroupBytes, _MM_HINT_T0);

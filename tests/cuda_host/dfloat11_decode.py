@@ -1,6 +1,6 @@
 """Cases of dfloat11_decode on the host: an encoder of DFloat11's layout, the kernel through ctypes, equal bits.
 
-`python -m cuda_host.dfloat11_decode LIBRARY [FAULT]` runs the small ones, with a planted fault (test_cuda_dfloat11.py).
+`python -m cuda_host.dfloat11_decode LIBRARY [FAULT]` runs the small ones, with a planted fault (test_cuda_dfloat11_faults.py).
 """
 
 from __future__ import annotations
@@ -53,17 +53,25 @@ def huffman(counts: dict[int, int]) -> dict[int, str]:
 
 
 def tables_of(codes: dict[int, str]) -> NDArray[np.uint8]:
-    """LUTS: a table for every whole-byte prefix of a code that goes on, then lengths."""
-    prefixes = sorted({c[: 8 * k] for c in codes.values() for k in range((len(c) - 1) // 8 + 1)}, key=lambda p: (len(p), p))
+    """LUTS: a table for every whole-byte prefix of a code that goes on, then lengths. What no code has repeats what is before."""
+    prefixes = sorted(
+        {c[: 8 * k] for c in codes.values() for k in range((len(c) - 1) // 8 + 1)}, key=lambda p: (len(p), p)
+    )
     luts = np.zeros((len(prefixes) + 1, 256), np.uint8)
+    taken = np.zeros(luts.shape, bool)
     for index, prefix in enumerate(prefixes[1:], 1):
-        luts[prefixes.index(prefix[:-8]), int(prefix[-8:], 2)] = 256 - index
+        at = prefixes.index(prefix[:-8]), int(prefix[-8:], 2)
+        luts[at], taken[at] = 256 - index, True
     for symbol, code in codes.items():
         whole = (len(code) - 1) // 8 * 8
         rest = code[whole:]
         first = int(rest.ljust(8, "0"), 2)
-        luts[prefixes.index(code[:whole]), first : first + (1 << 8 - len(rest))] = symbol
+        span = prefixes.index(code[:whole]), slice(first, first + (1 << 8 - len(rest)))
+        luts[span], taken[span] = symbol, True
         luts[-1, symbol] = len(code)
+    for table, row in enumerate(taken[:-1]):
+        for entry in np.flatnonzero(~row):
+            luts[table, entry] = luts[table, max(entry - 1, 0)]
     return luts
 
 
@@ -85,6 +93,7 @@ class Stream:
         first = np.searchsorted(starts, 64 * np.arange(blocks * threads))
         gap = np.append(starts, 0)[first] - 64 * np.arange(blocks * threads)
         gap = np.where(first < starts.size, gap, 0)
+        gap = gap[: -(-self.codes.size // 8)]  # of threads that have a byte
         self.gaps = aligned(np.packbits((gap[:, None] >> np.arange(4, -1, -1) & 1).astype(bool)))
         self.positions = aligned(np.append(first[::threads], bits.size).astype(np.uint32))
         self.sign_mantissa = aligned(((bits >> 8 & 128) | (bits & 127)).astype(np.uint8))

@@ -182,6 +182,7 @@ def test_fused_and_auto_are_within_rounding_and_auto_measures_once(monkeypatch: 
     truth = F.linear(x.double(), w.double(), b.double())
     for mode in ("fused", "auto"):
         check_close(compressed_linear(x, packed, b, mode), F.linear(x, w, b), truth, torch.bfloat16)
+    assert crossover._measure(x, packed.blob, packed.plan, b) in (True, False)
     measured: list[int] = []
 
     def measure(*operands: Any) -> bool:
@@ -190,6 +191,7 @@ def test_fused_and_auto_are_within_rounding_and_auto_measures_once(monkeypatch: 
 
     monkeypatch.setattr(crossover, "_measure", measure)
     monkeypatch.setattr(registry, "choose", lambda *_: "cpp")
+    monkeypatch.setattr(registry, "able", lambda *_: True)
     crossover.forget()
     for n in (7, 8, 5, 9):
         compressed_linear(x[:1].expand(n, -1), packed, b, "auto")

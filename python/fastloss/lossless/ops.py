@@ -116,6 +116,7 @@ from . import (  # noqa: E402,F401  (they register their kernels)
     cpp_linear,
     cpp_r8,
     cuda_codec,
+    cuda_dfloat11,
     cuda_encode,
     cuda_linear,
     reference,
