@@ -70,6 +70,7 @@ def test_one_file(single: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", packed) == 0 and run("verify", packed, "--against", single) == 0
     assert run("unpack", packed, back) == 0
     assert same(load_plain(back), model())
+    assert run("verify", back) == 0 and "ordinary file" in capsys.readouterr().out
     with safe_open(back) as file:
         assert file.metadata() == USER and not file.is_compressed
     assert sorted(p.name for p in single.parent.iterdir()) == [
@@ -246,3 +247,28 @@ def test_a_packed_file_changes_its_tier(single: Path) -> None:
         entry = file.entry("head.weight")
         assert entry is not None and entry.codec == "p7" and file.metadata() == USER
     assert same(load_file(other), model())
+
+
+def test_unpacked_is_the_file_that_was_packed(tmp_path: Path) -> None:
+    """The package's own order of dtypes and names, and its padding: the hash of a published file is right again."""
+    path, packed = tmp_path / "x.safetensors", tmp_path / "x.flz.safetensors"
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64)
+    small = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+    whole = (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    )
+    tensors = {f"{k} of {dtype}": torch.ones(3 + k).to(dtype) for k in (2, 1) for dtype in (*floats, *small, *whole)}
+    tensors |= model() | {"é": torch.ones(1), "Z": torch.ones(2)}
+    save_plain(tensors, path, {"format": "pt"})
+    original = path.read_bytes()
+    assert run("pack", path) == 0
+    path.unlink()
+    assert run("unpack", packed) == 0 and path.read_bytes() == original

@@ -26,7 +26,7 @@ HELPERS = Path(__file__).parent.parent
 def test_damaged_files(tmp_path: Path) -> None:
     outcomes = damage_many(tmp_path, seed=1, count=600)
     assert not set(outcomes) - set(GOOD), outcomes
-    assert outcomes["found"] > 500 and 5 < outcomes["spare"] < 60
+    assert outcomes["found"] > 500 and outcomes["spare"] > 5
 
 
 @pytest.mark.slow
