@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastloss
 from cuda_host import build
 from cuda_host.dfloat11_decode import Case, CDfloat11, Stream, decode, run, small_cases, stream_of
 from fastloss import backend_cuda
@@ -56,6 +57,22 @@ def test_numbers_without_a_code() -> None:
     last = int(np.flatnonzero(found >> 7 & 255)[-1])
     assert 1000 < last < 4000 and np.array_equal(found[: last - 1], stream.bits[: last - 1])
     assert np.array_equal(found[last + 1 :], stream.bits[last + 1 :] & 0x807F)
+
+
+@pytest.mark.parametrize("parts", [(), ("codes",), ("gaps", "codes"), ("sign_mantissa",)], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "long"])
+def test_as_the_reference(kind: str, parts: tuple[str, ...]) -> None:
+    """Of damaged codes too, as long as spans are right."""
+    stream = stream_of(Case(2500, kind, 32))
+    stream.hostile(np.random.default_rng(2), parts)
+    tensors = [
+        torch.from_numpy(p.view(np.uint8).copy())
+        for p in (stream.luts, stream.codes, stream.sign_mantissa, stream.positions, stream.gaps)
+    ]
+    with fastloss.use_backend("reference"):
+        wanted = torch.ops.fastloss.dfloat11_decode(tensors[0].reshape(-1, 256), *tensors[1:], 2500, 8, 32)
+    found = decode(build.build(only="dfloat11_decode"), stream, 2)
+    assert np.array_equal(found, wanted.view(torch.int16).numpy().view(np.uint16))
 
 
 @pytest.mark.parametrize("variant", ["asan", "tsan"])
