@@ -173,6 +173,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     lossless_decode_cpu(c, item, first, count, isa ? got_part.get() : want_part.get(), isa);
     const int64_t found = lossless_decode_checked_cpu(c, item, isa ? got_all.get() : want_all.get(), isa);
     if (!isa) bad = found;
+    if (lossless_decode_checked_cpu(c, item, nullptr, isa) != found) abort();
     if (rows)
       lossless_rows_cpu(c, item, index.data(), int64_t(index.size()), isa ? got_few.get() : want_few.get(), isa);
     if (!isa) continue;

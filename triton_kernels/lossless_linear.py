@@ -39,11 +39,11 @@ class LinearTile(NamedTuple):
     warps: int
 
 
-def default_tile(batch: int, tiles: bool) -> LinearTile:
-    """A unit of layout `tiles` has 128 columns, and so have its products."""
+def default_tile(batch: int, tiles: bool, number: int) -> LinearTile:
+    """A unit of layout `tiles` has 128 columns, and so have its products. Bit planes take registers."""
     if batch <= 2:
         return LinearTile(32, 128, batch, 4) if tiles else LinearTile(16, 256, batch, 4)
-    return LinearTile(64, 128, max(16, triton.next_power_of_2(batch)), 4)
+    return LinearTile(64, 128, max(16, triton.next_power_of_2(batch)), 4 if number == BF16.value else 8)
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def lossless_linear(x: Tensor, p: Plan, bias: Tensor | None, *, tile: LinearTile
     x = x if x.stride(1) == 1 else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     m, (r, k) = x.shape[0], p.plan[4:6]
-    tile = tile or default_tile(m, p.tiles)
+    tile = tile or default_tile(m, p.tiles, p.number)
     tiles, steps = triton.cdiv(r, tile.rows), triton.cdiv(k, tile.columns)
     each = triton.cdiv(steps, min(splits or max(1, PROGRAMS // tiles), steps))
     splits = triton.cdiv(steps, each)

@@ -118,7 +118,7 @@ def lossless_rows(p: Plan, index: Tensor, dtype: torch.dtype) -> Tensor:
         if p.codec == P7:
             parts, total = p7_parts(p, 0, dtype)
             p7_rows_kernel[grid](
-                *parts, index, store, p.numel, rows, columns, total, NUMBER=p.number, CHUNK=CHUNK, STEP=ESCAPES, num_warps=4,
+                *parts, index, store, p.numel, rows, columns, total, NUMBER=p.number, CHUNK=CHUNK, STEP=ESCAPES, num_warps=8,
             )  # fmt: skip
             return out
         which, slots = touched_blocks(p, index, rows)

@@ -32,7 +32,7 @@ LinearEngine engine_for(int64_t n, int isa) {
   const bool bytes = byte_isa(isa) == kAvx512Bytes;
   if (level == kAvx512Bf16 && bytes) {
     const bool tiles = isa == kBestIsa && n > kFewRows && linear::has_amx_bf16();
-    return tiles ? avx512vbmi::tile_engine() : avx512vbmi::dot_engine();
+    return tiles ? avx512vbmi::tile_engine(n) : avx512vbmi::dot_engine();
   }
   if (level >= kAvx512)
     return bytes ? avx512::fp32_engine<avx512vbmi::p7_fields>() : avx512::fp32_engine<avx2::p7_fields>();
@@ -51,8 +51,9 @@ void add_escapes(const LosslessLinear &args, int64_t first, int64_t count, float
   const int64_t begin = first * w.columns, end = begin + count * w.columns;
   const uint16_t *values = static_cast<const uint16_t *>(w.escape_values);
   for (int64_t b = begin / kLosslessBlock; b * kLosslessBlock < end; ++b) {
-    const uint64_t last = std::min(w.escape_offsets[b + 1], uint64_t(w.escapes));
-    for (uint64_t e = w.escape_offsets[b]; e < last; ++e) {
+    const uint64_t from = std::min(w.escape_offsets[b], uint64_t(w.escapes));
+    const uint64_t most = std::min(from + kLosslessBlock / 2, uint64_t(w.escapes)); // a block has no more pairs
+    for (uint64_t e = from; e < std::min(w.escape_offsets[b + 1], most); ++e) {
       const int64_t place = 2 * int64_t(w.escape_positions[e]), at = b * kLosslessBlock + place - begin;
       if (place >= kLosslessBlock || at < 0 || at >= end - begin) continue;
       const int64_t row = at / w.columns, column = at % w.columns; // and its neighbour: columns are even

@@ -32,14 +32,15 @@ namespace avx2 {
 // 128 entries by look-ups of 16: entry c is the exclusive or of steps[t][c - 16 t] over all t with c >= 16 t, since a
 // shuffle makes 0 of a negative index.
 struct Lookup128 {
-  __m128i steps[8];
+  Bytes steps[8]; // the 16 of each in both halves
 };
 FASTLOSS_WORD Lookup128 lookup_of(const uint8_t *entries) {
   Lookup128 lookup;
-  __m128i before = _mm_setzero_si128();
+  Bytes before = _mm256_setzero_si256();
   for (int t = 0; t < 8; ++t) {
-    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i *>(entries + 16 * t));
-    lookup.steps[t] = _mm_xor_si128(part, before);
+    const Bytes part =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(entries + 16 * t)));
+    lookup.steps[t] = _mm256_xor_si256(part, before);
     before = part;
   }
   return lookup;
@@ -62,9 +63,8 @@ p7_fields(const uint8_t *table, const uint8_t *codes, int64_t groups, uint8_t *f
     Bytes code = _mm256_packus_epi16(sixteen_codes(codes), sixteen_codes(codes + 14)); // codes 0..7, 16..23 | 8.., 24..
     Bytes first = _mm256_setzero_si256(), second = first;
     for (int t = 0; t < 8; ++t, code = _mm256_sub_epi8(code, all_bytes(16))) {
-      const Bytes a = _mm256_broadcastsi128_si256(firsts.steps[t]), b = _mm256_broadcastsi128_si256(seconds.steps[t]);
-      first = _mm256_xor_si256(first, _mm256_shuffle_epi8(a, code));
-      second = _mm256_xor_si256(second, _mm256_shuffle_epi8(b, code));
+      first = _mm256_xor_si256(first, _mm256_shuffle_epi8(firsts.steps[t], code));
+      second = _mm256_xor_si256(second, _mm256_shuffle_epi8(seconds.steps[t], code));
     }
     store_bytes(fields, _mm256_unpacklo_epi8(first, second));
     store_bytes(fields + kBytes, _mm256_unpackhi_epi8(first, second));

@@ -26,7 +26,10 @@ FLAGS = {
 CACHE = ROOT / "build" / "cuda_host"  # the tree's own: a folder that others can write to could hold any library
 
 #: `only="bits"`: these kernels, and bits_capi.cpp.
-GROUPS = {"bits": ("bgemm", "hamming_topk"), "lossless": ("p7_decode", "p7_rows", "r8_decode", "crc32c", "p7_encode", "r8_encode")}
+GROUPS = {
+    "bits": ("bgemm", "hamming_topk"),
+    "lossless": ("p7_decode", "p7_rows", "r8_decode", "crc32c", "p7_encode", "r8_encode"),
+}
 
 Patch = tuple[str, str, str]
 """A file of csrc/cuda, a text that stands in it exactly once, and what replaces it."""
@@ -71,7 +74,7 @@ def sources(patches: Sequence[Patch] = ()) -> dict[str, str]:
 def build(
     variant: str = "plain", patches: Sequence[Patch] = (), program: str | None = None, only: str | None = None
 ) -> Path:
-    """The shared library of the kernels (`only`: one kernel file, or one of GROUPS) and capi.cpp, or an executable of `program`."""
+    """The shared library of the kernels (`only`: a kernel file, or one of GROUPS) and capi.cpp, or an executable of `program`."""
     texts = sources(patches)
     own = HERE / f"{only}_capi.cpp"
     capi = own.name if own.exists() else "capi.cpp"
@@ -87,7 +90,8 @@ def build(
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         made = Path(work) / "made"
-        kernels = [f"{work}/{name}" for name in texts if name.endswith(".cu") and name != "device.cu"]
+        apart = {f"{name}.cu" for group in GROUPS.values() for name in group} | {"device.cu"}
+        kernels = [f"{work}/{name}" for name in texts if name.endswith(".cu") and name not in apart]
         if only:
             names = GROUPS.get(only, (only,))
             kernels = [f"-DONLY_{only}", *(f"{work}/{name}.cu" for name in names)]
@@ -121,18 +125,20 @@ def load(path: Path) -> ctypes.CDLL:
         "c_dfloat11",
         "c_byte_split",
         "c_byte_histogram",
-        "c_r8_encode",
-        "c_p7_histogram",
-        "c_p7_encode",
+        "c_byte_split",
         "c_crc32c",
+        "c_dfloat11",
         "c_edge_dot",
         "c_edge_sum",
         "c_launch",
-        "c_lossless_linear",
         "c_lossless_decode",
-        "c_lossless_rows",
+        "c_lossless_linear",
         "c_lossless_linear_blob",
+        "c_lossless_rows",
+        "c_p7_encode",
+        "c_p7_histogram",
         "c_pointwise",
+        "c_r8_encode",
         "c_region_stats",
         "c_run",
         "c_sample",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +12,7 @@ from fastloss import backend_cpp, registry
 from fastloss.compiled import _C
 from fastloss.lossless import contract, cpp_r8
 from fastloss.lossless.reference_r8 import byte_split, r8_encode
+from guarded_bytes import Guarded
 from lossless_cases import SIZES, constant, every_pattern, mostly_normal, normal, uniform_bits
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
@@ -61,7 +60,7 @@ def check(plane: Tensor, frequencies: Tensor, numel: int, encode: Encode = r8_en
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2])
 def test_sizes(make, dtype):
     for numel in SIZES[:-2] if make is normal and dtype == torch.bfloat16 else (1, 33, 16385):
-        for plane in byte_split(make(numel, dtype))[0]:
+        for plane in byte_split(make(numel, dtype))[0][: 2 if numel < 300 else 1]:
             check(plane, table_of(plane, numel), numel)
 
 
@@ -106,21 +105,6 @@ def test_every_frequency():
         check(plane, frequencies, 9000, cpp_r8.r8_encode)
         if f % 64 == 63:
             check(plane, frequencies, 700)
-
-
-class Guarded:
-    """Bytes with pages before and behind them that may not be touched."""
-
-    def __init__(self, content: Tensor, at_end: bool) -> None:
-        page = mmap.PAGESIZE
-        pages = -(-content.numel() // page)
-        self.map = mmap.mmap(-1, (pages + 2) * page)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        self.address = base + page + (pages * page - content.numel() if at_end else 0)
-        ctypes.memmove(self.address, content.data_ptr(), content.numel())
-        libc = ctypes.CDLL(None, use_errno=True)
-        for guard in (base, base + (pages + 1) * page):
-            assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
 
 
 @pytest.mark.parametrize("at_end", [False, True], ids=["before", "behind"])

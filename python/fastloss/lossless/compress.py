@@ -17,6 +17,7 @@ from .contract import (
     Layout,
     Section,
     cost_bits,
+    entropy_bits,
     frequencies,
     has_tiles,
     pair_table,
@@ -161,6 +162,10 @@ def _r8(flat: Tensor) -> dict[int, Tensor]:
     for p, plane in enumerate(planes):
         counts = registry.run("byte_histogram", plane, flat.numel()).cpu().numpy()
         if p and counts[0] == flat.numel():
+            continue
+        # Nothing codes below the entropy: most mantissas need no table to be known as not worth coding.
+        if p and entropy_bits(counts) > (WORTH_CODING + 1e-6) * flat.numel():
+            parts[Section.BYTES0 + p - 1] = plane
             continue
         freq = frequencies(counts)
         if p and cost_bits(counts, freq) > WORTH_CODING * flat.numel():

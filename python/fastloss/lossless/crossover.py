@@ -26,7 +26,8 @@ def bucket(rows: int) -> int:
 
 def fused_wins(x: Tensor, blob: Tensor, plan: Sequence[int], bias: Tensor | None) -> bool:
     """Whether `lossless_linear` is the faster way to x Wᵀ + bias, x [n, columns]; measured on these operands at first."""
-    if plan[0] != Codec.P7 or registry.choose("lossless_linear", x, blob, plan, bias) == "reference":
+    operands = ("lossless_linear", x, blob, plan, bias)
+    if plan[0] != Codec.P7 or not registry.able(*operands) or registry.choose(*operands) == "reference":
         return False  # the reference decodes and multiplies as well
     key = (str(x.device), x.dtype, *plan[2:6], torch.get_num_threads(), bucket(x.shape[0]))
     won = _winners.get(key)

@@ -44,7 +44,7 @@ def by_op(op: str) -> Callable[..., Any]:
         value = F.cross_entropy(q.float() @ k.float().T, target, reduction="sum")
         off = torch.zeros((), device=value.device)
         with torch.no_grad():
-            for codec in ("p7", "r8") if op in ("lossless_decode", "lossless_rows") else ("p7",):
+            for codec in ("p7", "r8") if op == "lossless_decode" else ("p7",):
                 given = arguments(op, q, k, codec)
                 if codec != "p7" and not registry.able(op, *given):
                     continue
