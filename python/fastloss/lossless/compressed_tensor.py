@@ -91,9 +91,11 @@ class CompressedTensor:
             return self._decoded(verify == "full")
         if verify == "full":  # before the first number is written: the caller's tensor stays as it is
             self._check_numbers()
-        if not out.is_contiguous() or not registry.able("lossless_decode_into", self.blob, self.plan, out.view(-1)):
+        lazy = out.is_neg() or out.is_conj()  # it reads as something else than its memory holds
+        if lazy or not out.is_contiguous() or not registry.able("lossless_decode_into", self.blob, self.plan, out.view(-1)):
             return out.copy_(self._decoded(False))
         registry.run("lossless_decode_into", self.blob, self.plan, out.view(-1))
+        torch.autograd.graph.increment_version(out)  # as any operation in place, for a graph that has saved it
         return out
 
     def _check_numbers(self) -> None:
@@ -194,3 +196,18 @@ def _check_out(compressed: CompressedTensor, out: Tensor) -> None:
         raise ValueError(f"out must be on {compressed.device}, got {out.device}")
     if out.requires_grad:
         raise ValueError("out must not require a gradient: decoded numbers have none")
+    if _overlap(compressed.blob, out):
+        raise ValueError("out must not share memory with the blob: numbers would be written over bytes not yet read")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the two span common bytes, those between their elements counted."""
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    if not a.numel() or not b.numel() or a.device.type == "meta":
+        return False
+    (first, end), (other_first, other_end) = span(a), span(b)
+    return first < other_end and other_first < end
