@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -124,6 +125,8 @@ class CompressedTensor:
 
         Only the touched rows are decoded. Raises IndexError (on a CPU) for a row that there is not.
         """
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index must be an integer tensor, got {type(index).__name__}")
         flat = torch.ops.fastloss.lossless_rows(self.blob, self.plan, index.reshape(-1), self.dtype)
         return flat.reshape(*index.shape, self.header.matrix[1])
 
@@ -132,7 +135,7 @@ class CompressedTensor:
 
         Raises IndexError where there is no such block.
         """
-        blocks = blocks_of(self.numel())
+        blocks, number = blocks_of(self.numel()), operator.index(number)
         if not 0 <= number < blocks:
             raise IndexError(f"block {number} is out of range: there are {blocks}")
         first = number * BLOCK
@@ -159,6 +162,8 @@ class CompressedTensor:
     def _check_content(self) -> None:
         """Raise CorruptError where tables and offsets contradict the contract (kernels survive it; numbers do not)."""
         sections = self.header.sections
+        if self.blob.is_meta:
+            raise ValueError("a blob on the meta device has no bytes that could be checked: verify='off'")
 
         def part(kind: int, dtype: torch.dtype) -> Tensor:
             offset, count, _ = sections[kind]
@@ -188,6 +193,8 @@ class CompressedTensor:
 
 
 def _check_out(compressed: CompressedTensor, out: Tensor) -> None:
+    if not isinstance(out, Tensor) or out.layout != torch.strided:
+        raise TypeError(f"out must be a dense tensor, got {out.layout if isinstance(out, Tensor) else type(out).__name__}")
     if out.dtype != compressed.dtype:
         raise TypeError(f"out must be {compressed.dtype}, got {out.dtype}")
     if out.shape != compressed.shape:
@@ -196,6 +203,8 @@ def _check_out(compressed: CompressedTensor, out: Tensor) -> None:
         raise ValueError(f"out must be on {compressed.device}, got {out.device}")
     if out.requires_grad:
         raise ValueError("out must not require a gradient: decoded numbers have none")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out must have memory for each of its numbers, got strides {list(out.stride())}")
     if _overlap(compressed.blob, out):
         raise ValueError("out must not share memory with the blob: numbers would be written over bytes not yet read")
 

@@ -140,9 +140,13 @@ def write(header: Header) -> bytes:
 def read(blob: Tensor) -> Header:
     """The header of a blob whose sections all lie where the contract puts them.
 
-    Raises FormatError where the bytes are no blob or of an unknown major version, CorruptError where they are damaged.
+    Raises TypeError for no dense tensor, FormatError where the bytes are no blob or of an unknown major version,
+    CorruptError where they are damaged.
     The content of sections is not looked at: see `CompressedTensor.verify`.
     """
+    if not isinstance(blob, Tensor) or blob.layout != torch.strided or blob.is_meta:
+        kind = f"{blob.layout} on {blob.device}" if isinstance(blob, Tensor) else type(blob).__name__
+        raise TypeError(f"a blob is a dense 1-D uint8 tensor, got {kind}")
     if blob.dtype != torch.uint8 or blob.dim() != 1:
         raise FormatError(f"a blob is a 1-D uint8 tensor, got {blob.dtype} {list(blob.shape)}")
     longest = _header_bytes(_MOST_DIMENSIONS, len(Section))
