@@ -93,7 +93,8 @@ class CompressedTensor:
         if verify == "full":  # before the first number is written: the caller's tensor stays as it is
             self._check_numbers()
         lazy = out.is_neg() or out.is_conj()  # it reads as something else than its memory holds
-        if lazy or not out.is_contiguous() or not registry.able("lossless_decode_into", self.blob, self.plan, out.view(-1)):
+        direct = out.is_contiguous() and not lazy
+        if not direct or not registry.able("lossless_decode_into", self.blob, self.plan, out.view(-1)):
             return out.copy_(self._decoded(False))
         registry.run("lossless_decode_into", self.blob, self.plan, out.view(-1))
         torch.autograd.graph.increment_version(out)  # as any operation in place, for a graph that has saved it
@@ -194,7 +195,8 @@ class CompressedTensor:
 
 def _check_out(compressed: CompressedTensor, out: Tensor) -> None:
     if not isinstance(out, Tensor) or out.layout != torch.strided:
-        raise TypeError(f"out must be a dense tensor, got {out.layout if isinstance(out, Tensor) else type(out).__name__}")
+        kind = out.layout if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"out must be a dense tensor, got {kind}")
     if out.dtype != compressed.dtype:
         raise TypeError(f"out must be {compressed.dtype}, got {out.dtype}")
     if out.shape != compressed.shape:

@@ -29,7 +29,8 @@ _LONGEST = 32  # bits of a code: four tables
 
 def positions_of(output_positions: Tensor, numel: int) -> Tensor:
     """OUTPUT_POSITIONS as int64. Raises CorruptError unless they rise from 0 to numel."""
-    positions = output_positions.clone().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    aligned = output_positions.reshape(-1).clone(memory_format=torch.contiguous_format)
+    positions = aligned.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     steps = positions[1:] - positions[:-1]
     if not positions.numel() or int(positions[0]) != 0 or int(positions[-1]) != numel or bool((steps < 0).any()):
         raise CorruptError(f"output positions do not rise from 0 to {numel}")
@@ -88,6 +89,7 @@ def decode(
     ends and the very last one in the last byte; or -1). Raises CorruptError as `positions_of`.
     """
     positions = positions_of(output_positions, numel)
+    codes, sign_mantissa, gaps = (t.reshape(-1) for t in (codes, sign_mantissa, gaps))
     if positions.numel() == 1:
         return torch.empty(0, dtype=torch.bfloat16, device=codes.device), -1
     exponents, starts, ends = _all_codes(luts, codes, gaps, positions.numel() - 1, bytes_per_thread, threads_per_block)
