@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/byte_histogram.h"
 #include "cpu/lossless_linear.h"
 #include "cpu/p7_encode.h"
 
@@ -66,11 +67,11 @@ void bind_lossless_encode(py::module_ &m) {
       py::arg("bits"), py::arg("isa"));
   m.def(
       "byte_histogram_cpu",
-      [](uintptr_t plane, int64_t numel, uintptr_t counts) {
+      [](uintptr_t plane, int64_t numel, uintptr_t counts, int isa) {
         py::gil_scoped_release release;
-        byte_histogram_cpu(pointer<uint8_t>(plane), numel, pointer<int64_t>(counts));
+        byte_histogram_cpu(pointer<uint8_t>(plane), numel, pointer<int64_t>(counts), isa);
       },
-      py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("counts"));
+      py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("counts"), py::arg("isa"));
   m.def(
       "lossless_linear_cpu",
       [](uintptr_t blob, const std::vector<int64_t> &plan, uintptr_t x, int64_t n, uintptr_t bias, uintptr_t out,

@@ -16,6 +16,7 @@ from .contract import (
     Codec,
     Layout,
     Section,
+    blocks_of,
     cost_bits,
     entropy_bits,
     frequencies,
@@ -160,12 +161,11 @@ def _r8(flat: Tensor) -> dict[int, Tensor]:
     planes, bits = registry.run("byte_split", flat)
     parts: dict[int, Tensor] = {Section.BITS: bits}
     for p, plane in enumerate(planes):
+        if p and _is_noise(plane, flat.numel()):
+            parts[Section.BYTES0 + p - 1] = plane
+            continue
         counts = registry.run("byte_histogram", plane, flat.numel()).cpu().numpy()
         if p and counts[0] == flat.numel():
-            continue
-        # Nothing codes below the entropy: most mantissas need no table to be known as not worth coding.
-        if p and entropy_bits(counts) > (WORTH_CODING + 1e-6) * flat.numel():
-            parts[Section.BYTES0 + p - 1] = plane
             continue
         freq = frequencies(counts)
         if p and cost_bits(counts, freq) > WORTH_CODING * flat.numel():
@@ -176,3 +176,13 @@ def _r8(flat: Tensor) -> dict[int, Tensor]:
         first = Section.FIELD_FREQUENCIES + 3 * p
         parts |= {first: table, first + 1: offsets.view(torch.uint8), first + 2: data}
     return parts
+
+
+def _is_noise(plane: Tensor, numel: int) -> bool:
+    """Whether one block in sixteen (up to 64 blocks all of them) has an entropy that no code gets below: most mantissas."""
+    blocks = blocks_of(numel)
+    if blocks > 64:
+        plane = plane[: blocks // 16 * 16 * BLOCK].reshape(-1, 16, BLOCK)[:, 0].reshape(-1)
+        numel = plane.numel()
+    counts = registry.run("byte_histogram", plane, numel).cpu().numpy()
+    return entropy_bits(counts) > (WORTH_CODING + 1e-6) * numel

@@ -142,5 +142,7 @@ def byte_split(x: Tensor) -> tuple[list[Tensor], Tensor]:
 def byte_histogram(plane: Tensor, numel: int) -> Tensor:
     """How often each byte occurs among the first `numel`."""
     counts = torch.empty(SLOTS, dtype=torch.int64, device="cpu")
-    _C.byte_histogram_cpu(plane=pointer(plane), numel=numel, counts=pointer(counts))  # type: ignore[union-attr]
+    _C.byte_histogram_cpu(  # type: ignore[union-attr]
+        plane=pointer(plane), numel=numel, counts=pointer(counts), isa=backend_cpp.ISA
+    )
     return counts
