@@ -263,7 +263,7 @@ GOOD = ("found", "spare", "equivalent")
 
 
 def damage_many(folder: Path, seed: int, count: int) -> dict[str, int]:
-    """How many of `count` damaged files had which outcome, on all instruction sets; what a crash left behind stays in `folder`."""
+    """How many of `count` damaged files had which outcome, on all instruction sets; what is wrong stays in `folder`."""
     rng = random.Random(seed)
     small = ("w.bf16", "escapes", "ids", "tied")
     files = [

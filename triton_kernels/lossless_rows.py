@@ -82,7 +82,7 @@ def gather_kernel(blocks, slots, index, out, rows, columns, CHUNK: tl.constexpr)
     n = row * columns + c
     slot = wide(tl.load(slots + n // BLOCK, mask=keep, other=0))
     value = tl.load(blocks + slot * BLOCK + n % BLOCK, mask=keep, other=0)
-    tl.store(out + i * columns + c, tl.where(good, value, -1), mask=keep)
+    tl.store(out + i * columns + c, tl.where(good, value.to(tl.int32), -1).to(out.dtype.element_ty), mask=keep)
 
 
 def touched_blocks(p: Plan, index: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ LANES = tl.constexpr(32)
 ESCAPE = tl.constexpr(256)  # the symbol
 FAR = tl.constexpr(1 << 30)  # longer than any payload
 BLOCKS = 4  # a program, a warp each
-EACH = 16  # entries a program
+EACH = 64  # entries a program
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def _stream(
     frequencies, data = p.section(kind), p.section(kind + 2)
     assert data is not None  # check_plan
     entries = torch.empty(256, dtype=torch.int32, device=out.device)
-    r8_table_kernel[(256 // EACH,)](frequencies, entries, EACH=EACH, num_warps=4)
+    r8_table_kernel[(256 // EACH,)](frequencies, entries, EACH=EACH, num_warps=8)
     r8_decode_kernel[(triton.cdiv(blocks, BLOCKS),)](
         entries, p.section(kind + 1, torch.int64, 8 * first_block), data, which, *planes, bits, out, data.numel(),
         p.numel - first_block * BLOCK.value, low, high, blocks, NUMBER=number, PLANES=BYTE_PLANES.get(number, 0),

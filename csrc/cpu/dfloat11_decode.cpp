@@ -35,9 +35,13 @@ Code code_at(const Dfloat11 &args, uint32_t bits) {
 void fill_runs(const Dfloat11 &args, Run *runs) {
   for (uint32_t window = 0; window < 1u << kWindow; ++window) {
     Run run = {};
-    while (run.codes < kMostAtOnce) {
-      const Code code = code_at(args, window << (32 - kWindow) << run.bits);
-      if (code.bits == 0 || run.bits + code.bits > kWindow) break;
+    while (run.codes < kMostAtOnce && run.bits < kWindow) {
+      // Bits beyond the window are unknown, and a code is right if they make no difference. That it fits is not enough:
+      // what no code of the text has (its end has one) encoders fill with the entry before, which may be shorter.
+      const uint32_t zeros = window << (32 - kWindow) << run.bits,
+                     ones = zeros | ((1u << (32 - kWindow + run.bits)) - 1);
+      const Code code = code_at(args, zeros);
+      if (code.bits == 0 || run.bits + code.bits > kWindow || code_at(args, ones).exponent != code.exponent) break;
       run.exponents[run.codes++] = code.exponent;
       run.bits = uint8_t(run.bits + code.bits);
     }

@@ -9,6 +9,10 @@
 // What is damaged gives wrong numbers and nothing else: lengths are held to 1..32, tables to those there are, numbers
 // to their block's span, and spans to numel. The first span begins at 0 and the last ends at numel whatever is stored,
 // so that between them every number lies in one of them; a number that no code is left for has exponent 0.
+//
+// What an H200 should take for 8192 x 8192 weights of 2.65 bits: 225 MB are 52 us. A probe has about 3.2 symbols and
+// costs some 35 instructions to count and 65 to decode, and a number about 9 to be written: 42 in all, 95 us at 29.6e12
+// lanes' instructions a second. 0.11 ms, 1.2 TB/s of bf16.
 #include "common.cuh"
 #include "dfloat11_decode.h"
 

@@ -93,7 +93,6 @@ class Stream:
         first = np.searchsorted(starts, 64 * np.arange(blocks * threads))
         gap = np.append(starts, 0)[first] - 64 * np.arange(blocks * threads)
         gap = np.where(first < starts.size, gap, 0)
-        gap = gap[: -(-self.codes.size // 8)]  # of threads that have a byte
         self.gaps = aligned(np.packbits((gap[:, None] >> np.arange(4, -1, -1) & 1).astype(bool)))
         self.positions = aligned(np.append(first[::threads], bits.size).astype(np.uint32))
         self.sign_mantissa = aligned(((bits >> 8 & 128) | (bits & 127)).astype(np.uint8))
@@ -174,6 +173,7 @@ def small_cases() -> list[Case]:
         Case(1),
         Case(7, "long"),
         Case(300, threads=32),
+        Case(2048, "constant", 32),  # to the last bit of the last thread
         Case(5000, "long"),
         Case(9001, threads=128, multiprocessors=1),
         Case(3001, "long", 32, multiprocessors=1),

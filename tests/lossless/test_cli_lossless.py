@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from fastloss import __main__
 from fastloss.lossless import load_file, safe_open, verify_file
+from fastloss.lossless.progress import ProgressBar
 from lossless_cases import normal
 from lossless_files import USER, same
 
@@ -272,3 +274,25 @@ def test_unpacked_is_the_file_that_was_packed(tmp_path: Path) -> None:
     assert run("pack", path) == 0
     path.unlink()
     assert run("unpack", packed) == 0 and path.read_bytes() == original
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_progress_bar(single: Path, monkeypatch: pytest.MonkeyPatch, has_rich: bool) -> None:
+    """With a terminal: rich's bar where it is installed, moved by every byte twice (packed, read back); else none."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    if not has_rich:
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    moved: list[tuple[str, int]] = []
+    whole = ProgressBar.advance
+
+    def advance(bar: ProgressBar, name: str, count: int) -> None:
+        assert (bar._bar is not None) == has_rich
+        whole(bar, name, count)
+        moved.append((name, count))
+
+    monkeypatch.setattr(ProgressBar, "advance", advance)
+    assert (
+        run("pack", single) == 0
+        and run("unpack", single.with_name("model.flz.safetensors"), single.with_name("b")) == 0
+    )
+    assert sum(count for _, count in moved) == 3 * sum(v.numel() * v.element_size() for v in model().values())

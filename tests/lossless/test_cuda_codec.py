@@ -15,14 +15,23 @@ import lossless_blobs
 from cuda_host import build
 from cuda_host.lossless import Case, save
 from fastloss.lossless import reference_p7, reference_r8
-from fastloss.lossless.contract import NUMBERS, P7_NUMBERS, PLAN_HEAD, Layout, Section, frequencies, pair_table
-from fastloss.lossless.crc32c_table import of_bytes
-from lossless_blobs import Made
-from lossless_cases import CODED, INTEGERS, bits, constant, every_pattern, mostly_normal, normal, uniform_bits
+from fastloss.lossless.contract import NUMBERS, PLAN_HEAD, Layout, Section, pair_table
+from lossless_calls import (
+    PAIRED,
+    checksums,
+    decoded,
+    flat,
+    gathered,
+    hostile,
+    p7_encoders,
+    r8_encoders,
+    ranges,
+    small_cases,
+)  # fmt: skip
+from lossless_cases import CODED, bits, constant, every_pattern, mostly_normal, normal, uniform_bits
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"CUDA on the host: {build.why_not()}")
 ORDERS = ("asc", "desc", "7")
-PAIRED = tuple(d for d in CODED if NUMBERS[d] in P7_NUMBERS)
 Maker = Callable[[int, torch.dtype], Tensor]
 #: Around eight numbers, a group, a block; and what makes escapes, or every bit pattern.
 SIZES: tuple[tuple[int, Maker], ...] = (
@@ -36,29 +45,6 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The plain build, with threads in one of three orders."""
     monkeypatch.setenv("EMU_ORDER", request.param)
     return build.build(only="lossless")
-
-
-def decoded(made: Made, first: int = 0, count: int | None = None) -> Case:
-    """The decoder for numbers first..first+count."""
-    count = made.numbers.numel() - first if count is None else count
-    want = bits(made.numbers[first : first + count]).numpy()
-    return Case("decode", [made.blob.numpy(), made.plan, first, count, made.numbers.element_size()], want)
-
-
-def gathered(made: Made, index: Tensor) -> Case:
-    """The decoder for rows; those out of bounds are zeros."""
-    rows, columns = made.plan[4:6]
-    integers = made.numbers.view(INTEGERS[made.numbers.element_size()]).reshape(rows, columns)
-    good = (index >= 0) & (index < rows)
-    want = torch.where(good[:, None], integers[index.clamp(0, rows - 1).long()], 0)
-    arguments = [made.blob.numpy(), made.plan, index.numpy(), made.numbers.element_size()]
-    return Case("rows", arguments, bits(want).numpy())
-
-
-def ranges(made: Made) -> list[Case]:
-    """All numbers, and some that begin and end anywhere."""
-    n = made.numbers.numel()
-    return [decoded(made), *(decoded(made, f, c) for f, c in ((n // 3, n // 2), (n - 1, 1), (8 * (n // 24), n // 3)) if c)]
 
 
 @functools.cache
@@ -118,7 +104,10 @@ def row_cases(dtype: torch.dtype) -> list[Case]:
     for rows, columns in ((40, 130), (9, 17), (7, 5000), (2, 17000), (300, 1)):
         index = torch.tensor([1, 0, rows - 1, 1, -1, rows, 2**31 - 1, -(2**31)])
         x = mostly_normal(rows * columns, dtype)
-        for made in (lossless_blobs.r8(x, columns, (0,)), *([lossless_blobs.p7(x, columns)] if dtype in PAIRED else [])):
+        for made in (
+            lossless_blobs.r8(x, columns, (0,)),
+            *([lossless_blobs.p7(x, columns)] if dtype in PAIRED else []),
+        ):
             cases += [gathered(made, i) for i in (index, index.to(torch.int32), torch.tensor([2**40, 0, -(2**40)]))]
     return cases
 
@@ -129,59 +118,9 @@ def test_rows(dtype: torch.dtype, library: Path) -> None:
         case.run(library)
 
 
-@functools.cache
-def checksums() -> list[Case]:
-    """Whole blocks, a short last one, blocks of many pieces; data that begin at any byte."""
-    rng = np.random.default_rng(0)
-    cases = []
-    for size, block, offset in (
-        (1, 1, 0), (9, 9, 3), (127, 128, 0), (129, 128, 1), (5000, 4097, 2), (70001, 65536, 0), (140000, 140000, 0),
-        (98304, 32768, 4), (33000, 33000, 5),
-    ):  # fmt: skip
-        data = rng.integers(0, 256, size).astype(np.uint8)
-        want = np.array([of_bytes(data[i : i + block].tobytes()) for i in range(0, size, block)], np.int64)
-        cases.append(Case("crc32c", [data, block, offset], want.view(np.uint8)))
-    check = np.array([0xE3069283], np.int64)  # of "123456789", as every catalogue of checksums has it
-    cases.append(Case("crc32c", [np.frombuffer(b"123456789", np.uint8), 9, 0], check.view(np.uint8)))
-    long = np.zeros(40 * 32768 + 7, np.uint8)  # more pieces than a warp has lanes
-    long[:5] = 255
-    cases.append(Case("crc32c", [long, long.size, 0], np.array([of_bytes(long.tobytes())], np.int64).view(np.uint8)))
-    return cases
-
-
 def test_crc32c(library: Path) -> None:
     for case in checksums():
         case.run(library)
-
-
-def flat(*parts: Tensor) -> np.ndarray:
-    return np.concatenate([bits(p).numpy() for p in parts])
-
-
-def p7_encoders(x: Tensor) -> list[Case]:
-    """The histogram by three thread blocks, and the encoder."""
-    counts = reference_p7.p7_histogram(x)
-    table = torch.from_numpy(pair_table(counts.numpy()))
-    codes, planes, section, *escapes = reference_p7.p7_encode(x, table)
-    kind = [bits(x).numpy(), int(NUMBERS[x.dtype]), x.element_size()]
-    return [
-        Case("p7_histogram", [*kind, 3], flat(counts)),
-        Case("p7_encode", [*kind, table.numpy()], flat(codes, *planes, section, *escapes)),
-    ]
-
-
-def r8_encoders(x: Tensor) -> list[Case]:
-    """The split, and histogram and stream of every plane."""
-    planes, section = reference_r8.byte_split(x)
-    kind = [bits(x).numpy(), int(NUMBERS[x.dtype]), x.element_size()]
-    cases = [Case("byte_split", kind, flat(*planes, section))]
-    for plane in planes:
-        counts = reference_r8.byte_histogram(plane, x.numel())
-        cases.append(Case("byte_histogram", [plane.numpy(), x.numel(), 3], flat(counts)))
-        table = torch.from_numpy(frequencies(counts.numpy()))
-        arguments = [plane.numpy(), table.numpy(), x.numel()]
-        cases.append(Case("r8_encode", arguments, flat(*reference_r8.r8_encode(plane, table, x.numel()))))
-    return cases
 
 
 @functools.cache
@@ -217,42 +156,6 @@ def test_frequencies_of_a_foreign_encoder(library: Path) -> None:
         Case("r8_encode", [plane.numpy(), table.numpy(), 3000], want).run(library)
 
 
-def hostile() -> list[Case]:
-    """Random bytes, or ones, in every section: any numbers may come out, but nothing else is read or written."""
-    cases = []
-    for seed, dtype in enumerate(CODED * 2):
-        x = mostly_normal(16384 + 300, dtype, seed)
-        made = [lossless_blobs.r8(x, 149, (0, 1, 2))]
-        if dtype in PAIRED:
-            made.append(lossless_blobs.p7(x, 149))
-        for blob, plan, _ in made:
-            noise = uniform_bits(blob.numel(), torch.uint8, seed)
-            for kind in Section:
-                at, count = plan[PLAN_HEAD + 2 * kind : PLAN_HEAD + 2 * kind + 2]
-                bad = blob.clone()
-                bad[at : at + count] = noise[at : at + count] if seed < len(CODED) else 255
-                if count:
-                    size = dtype.itemsize
-                    cases.append(Case("decode", [bad.numpy(), plan, 0, x.numel(), size], None))
-                    cases.append(Case("rows", [bad.numpy(), plan, np.array([111, 0, 5]), size], None))
-            cases.append(Case("decode", [torch.cat((blob[:64], noise[64:])).numpy(), plan, 0, x.numel(), dtype.itemsize], None))
-    return cases
-
-
-def small_cases() -> list[Case]:
-    """For the sanitizers: blobs end where their memory ends."""
-    cases = checksums()[:6]
-    for dtype in CODED:
-        x = mostly_normal(16384 + 137, dtype)
-        cases += [decoded(lossless_blobs.r8(x, coded=(0,))), *r8_encoders(x[:3000])]
-        cases.append(gathered(lossless_blobs.r8(x[:3007], 31), torch.tensor([96, 0, 97, -1])))
-        if dtype in PAIRED:
-            cases += [decoded(lossless_blobs.p7(x)), decoded(lossless_blobs.p7(x), 77, 16400), *p7_encoders(x[:3000])]
-            cases.append(gathered(lossless_blobs.p7(x[:3007], 31), torch.tensor([96, 0, 97, -1])))
-            cases.append(decoded(lossless_blobs.p7(x[:8192], 256, Layout.TILES)))
-    return cases
-
-
 @pytest.mark.parametrize("variant", ["asan", "tsan"])
 def test_sanitized(variant: str, tmp_path: Path) -> None:
     """Out of bounds, of hostile blobs too, and races."""
@@ -270,7 +173,9 @@ def test_hostile_blobs_decode_as_by_the_reference() -> None:
         at, count = made.plan[PLAN_HEAD + 2 * kind : PLAN_HEAD + 2 * kind + 2]
         bad = made.blob.clone()
         bad[at : at + count] = uniform_bits(count, torch.uint8, int(kind))
-        f, offsets, data = (bad[made.plan[PLAN_HEAD + 2 * k] :][: made.plan[PLAN_HEAD + 2 * k + 1]] for k in (9, 10, 11))
+        f, offsets, data = (
+            bad[made.plan[PLAN_HEAD + 2 * k] :][: made.plan[PLAN_HEAD + 2 * k + 1]] for k in (9, 10, 11)
+        )
         field = reference_r8.r8_decode(f, offsets.clone().view(torch.int64), data, x.numel(), 0, 2)
         plane = reference_r8.byte_split(x)[0][1].to(torch.int64)
         word = field.to(torch.int64) << 7 | (plane & 127) | plane >> 7 << 15

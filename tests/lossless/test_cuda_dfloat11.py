@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastloss
 from cuda_host import build
 from cuda_host.dfloat11_decode import Case, CDfloat11, Stream, decode, run, small_cases, stream_of
 from fastloss import backend_cuda
@@ -56,6 +57,21 @@ def test_numbers_without_a_code() -> None:
     last = int(np.flatnonzero(found >> 7 & 255)[-1])
     assert 1000 < last < 4000 and np.array_equal(found[: last - 1], stream.bits[: last - 1])
     assert np.array_equal(found[last + 1 :], stream.bits[last + 1 :] & 0x807F)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("kind", ["normal", "long"])
+def test_encoder(kind: str, backend: str) -> None:
+    """The other decoders read what the tests here encode: tables too whose free entries hold a code that is shorter."""
+    for numel in (43, 148, 288, 358, 386, 2500):
+        stream = stream_of(Case(numel, kind, 32))
+        tensors = [
+            torch.from_numpy(p.view(np.uint8).copy())
+            for p in (stream.luts, stream.codes, stream.sign_mantissa, stream.positions, stream.gaps)
+        ]
+        with fastloss.use_backend(backend):
+            found = torch.ops.fastloss.dfloat11_decode(tensors[0].reshape(-1, 256), *tensors[1:], numel, 8, 32)
+        assert np.array_equal(found.view(torch.int16).numpy().view(np.uint16), stream.bits), numel
 
 
 @pytest.mark.parametrize("variant", ["asan", "tsan"])

@@ -23,6 +23,12 @@ pytest.importorskip("safetensors")
 HELPERS = Path(__file__).parent.parent
 
 
+def environment() -> dict[str, str]:
+    """For scripts among the tests' helpers, on one thread."""
+    path = os.pathsep.join(filter(None, (str(HELPERS), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     outcomes = damage_many(tmp_path, seed=1, count=600)
     assert not set(outcomes) - set(GOOD), outcomes
@@ -33,10 +39,9 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_20000_damaged_files(tmp_path: Path) -> None:
     """In processes of their own: a crash fails the batch, a hang its time limit."""
     outcomes: dict[str, int] = {}
-    environment = {**os.environ, "PYTHONPATH": str(HELPERS), "OMP_NUM_THREADS": "1"}
     for seed in range(100, 120):
         command = [sys.executable, str(HELPERS / "lossless_files.py"), str(tmp_path), str(seed), "1000"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
         assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
         for outcome, count in json.loads(done.stdout).items():
             outcomes[outcome] = outcomes.get(outcome, 0) + count
@@ -243,8 +248,7 @@ def test_an_absurd_file_costs_no_memory(tmp_path: Path) -> None:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What writers that were killed at chosen moments left behind."""
     command = [sys.executable, str(HELPERS / "lossless_killed.py"), str(tmp_path_factory.mktemp("killed"))]
-    environment = {**os.environ, "PYTHONPATH": str(HELPERS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -265,9 +269,13 @@ def test_a_living_writer_keeps_its_file(tmp_path: Path) -> None:
     """Two at once: the one does not clean up the other's temporary file, and the last to end has the name."""
     path = tmp_path / "x.safetensors"
 
+    calls = []
+
     def meanwhile(name: str, count: int) -> None:
-        if not path.exists():
+        calls.append(name)
+        if len(calls) == 2:  # it is written, and being read back
             save_file({"a": torch.zeros(3)}, path)
 
     save_file({"a": torch.ones(3)}, path, verify=True, progress=meanwhile)
+    assert len(calls) == 2
     assert same(load_file(path), {"a": torch.ones(3)}) and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]

@@ -13,7 +13,8 @@ from ..registry import kernel
 from .contract import GROUP, Codec, Layout, Number
 from .cpp_decode import aligned, why_not
 
-#: Rows of x up to which reading W's codes bounds the product; beyond, arithmetic does, and a library's GEMM is faster.
+#: Rows of x up to which reading W's codes bounds the product. Beyond, arithmetic does: decoding W and a library's GEMM
+#: take 1.25 times as long for 64 rows (4096 x 4096, one core with AMX) and 0.75 times for 128.
 MOST_ROWS = 64
 
 
