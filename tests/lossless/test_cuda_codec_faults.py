@@ -89,11 +89,11 @@ FAULTS = [
     ),
     Fault("the wrong byte of a remainder", CRC, "remainder >> 16 & 255", "remainder >> 15 & 255"),
     Fault("bytes before a piece", CRC, "at + k >= start", "at + k >= start - 4"),
-    Fault("a sum of too few lanes", CRC, "lane >> k & 1", "lane >> k & 3"),
+    Fault("a sum of too few lanes", CRC, "lane >> k & 1", "k < 4 && (lane >> k & 1)"),
     Fault("codes overwritten before they are read", P7_ENCODE, "__syncthreads(); // codes are read", "", ("tsan",)),
     Fault("escapes of a warp left out", P7_ENCODE, "next += of_warp[w];", "if (w) next += of_warp[w];"),
     Fault("literals forwards", R8_ENCODE, "__popc(escapes) - 1 - __popc(escapes & below)", "__popc(escapes & below)"),
-    Fault("a state not reduced", R8_ENCODE, "x >= f << 8", "x > f << 8"),
+    Fault("a state reduced too early", R8_ENCODE, "x >= f << 8", "x >= f << 7"),
 ]  # fmt: skip
 
 
