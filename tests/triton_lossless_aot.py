@@ -119,5 +119,3 @@ def compile_lossless_case(case: QuantCase) -> dict[str, Cost]:
         if name not in costs or cost.spilled > costs[name].spilled:
             costs[name] = cost
     return costs
-
-

@@ -20,7 +20,18 @@ from torch import Tensor
 
 from .common import on_device, wide
 from .lossless_decode import p7_parts
-from .lossless_numbers import BF16, BLOCK, FP16, PAIRS, UNIT_PAIRS, Plan, decoded_pair, escapes_of, matrix_of, place_in_unit
+from .lossless_numbers import (
+    BF16,
+    BLOCK,
+    FP16,
+    PAIRS,
+    UNIT_PAIRS,
+    Plan,
+    decoded_pair,
+    escapes_of,
+    matrix_of,
+    place_in_unit,
+)
 
 #: Rows of x up to which decoding in registers beats decoding once and a dense product.
 MOST_ROWS = 64
@@ -112,7 +123,9 @@ def lossless_linear_kernel(x, table, codes, bytes0, bits, partial, M, R, K, stri
         acc1 = acc0
         for column in range(begin, end, BK):
             pair = column // 2 + k
-            even, odd = weight_pairs(table, codes, bytes0, bits, row, column, R, K, numel, NUMBER, TILES, BM, BK, tl.float32)
+            even, odd = weight_pairs(
+                table, codes, bytes0, bits, row, column, R, K, numel, NUMBER, TILES, BM, BK, tl.float32
+            )
             keep = pair < K // 2
             at = x + 2 * pair
             acc0 += even * tl.load(at, mask=keep, other=0.0).to(tl.float32)[None, :]
@@ -179,12 +192,12 @@ def combine_kernel(x, partial, bias, offsets, positions, values, y, M, R, K, str
 
 def takes(p: Plan, x: Tensor) -> bool:
     """Whether the fused kernel reads this blob and so many rows: what it does not is decoded and multiplied."""
-    return (
-        p.codec == 1 and p.number in (BF16.value, FP16.value) and p.columns % 2 == 0 and 0 < x.shape[0] <= MOST_ROWS
-    )
+    return p.codec == 1 and p.number in (BF16.value, FP16.value) and p.columns % 2 == 0 and 0 < x.shape[0] <= MOST_ROWS
 
 
-def lossless_linear(x: Tensor, p: Plan, bias: Tensor | None, *, tile: LinearTile | None = None, splits: int = 0) -> Tensor:
+def lossless_linear(
+    x: Tensor, p: Plan, bias: Tensor | None, *, tile: LinearTile | None = None, splits: int = 0
+) -> Tensor:
     """y [M, R] of x [M, K]."""
     x = x if x.stride(1) == 1 else x.contiguous()
     bias = None if bias is None else bias.contiguous()

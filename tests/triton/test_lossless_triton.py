@@ -179,13 +179,21 @@ def test_coded_and_absent_planes(dtype: torch.dtype) -> None:
 
 
 def test_raw() -> None:
-    for x in (cases.uniform_bits(300, torch.float32), torch.arange(30).reshape(5, 6), torch.rand(7) < 0.5, torch.empty(0, 3)):
+    for x in (
+        cases.uniform_bits(300, torch.float32),
+        torch.arange(30).reshape(5, 6),
+        torch.rand(7) < 0.5,
+        torch.empty(0, 3),
+    ):
         c = lossless.compress(x, "raw")
         assert same(decoded(c).reshape(x.shape), x)
         if x.numel():
             assert same(decoded(c, 2, 3), x.reshape(-1)[2:5])
     x = torch.randn(5, 6, dtype=torch.complex64)
-    assert same(run("lossless_rows", lossless.compress(x).blob, lossless.compress(x).plan, torch.tensor([3, 3]), x.dtype), x[[3, 3]])
+    assert same(
+        run("lossless_rows", lossless.compress(x).blob, lossless.compress(x).plan, torch.tensor([3, 3]), x.dtype),
+        x[[3, 3]],
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -256,14 +264,20 @@ def test_linear_keeps_fp32_sums() -> None:
 
 
 def test_linear_that_is_not_fused() -> None:
-    for w, codec in ((sparse(6, 40, torch.bfloat16), R8), (sparse(6, 41, torch.float16), P7), (sparse(6, 40, torch.float32), P7)):
+    for w, codec in (
+        (sparse(6, 40, torch.bfloat16), R8),
+        (sparse(6, 41, torch.float16), P7),
+        (sparse(6, 40, torch.float32), P7),
+    ):
         c = packed(w, codec)
         for batch in (0, 3, 65):
             x = torch.randn(batch, w.shape[1]).to(w.dtype)
             assert same(run("lossless_linear", x, c.blob, c.plan), torch.nn.functional.linear(x, w))
 
 
-@pytest.mark.parametrize(("size", "block"), [(0, 5), (1, 1), (5, 3), (1000, 1000), (3000, 1 << 40), (40000, 32768), (50001, 16384)])
+@pytest.mark.parametrize(
+    ("size", "block"), [(0, 5), (1, 1), (5, 3), (1000, 1000), (3000, 1 << 40), (40000, 32768), (50001, 16384)]
+)
 def test_crc32c(size: int, block: int) -> None:
     data = cases.uniform_bits(size + 1, torch.uint8)[1:]
     got = run("crc32c", data, block)
