@@ -1,4 +1,4 @@
-"""The Triton kernels of the lossless ops as their launchers launch them, for GPUs that are not there (see triton_quant_aot.py)."""
+"""The Triton kernels of the lossless ops as their launchers launch them, for GPUs that are not there (triton_quant_aot.py)."""
 
 from __future__ import annotations
 

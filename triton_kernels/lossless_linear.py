@@ -1,11 +1,11 @@
 """lossless_linear: x Wᵀ + bias for W in P7 (bf16, fp16), which is decoded in registers and never stored.
 
 W is split exactly: where a pair escapes, its codes give zeros, so the dense product leaves it out, and the second kernel adds the
-sparse list while it adds up the splits: every sum has one order, whatever the device. Even and odd columns are multiplied apart:
-a code gives one of each, and nothing has to be interleaved.
+sparse list while it adds up the splits: every sum has one order, whatever the device. Even and odd columns are multiplied
+apart: a code gives one of each, and nothing has to be interleaved.
 
-An H200, 4096 x 4096 in bf16: 24 MB, 5.6 us at the speed of memory, where dense weights take 7.8 us. A pair takes four byte loads and
-some 24 integer instructions: 9-13 us of issue with 1 or 2 rows, 14-20 us with 64; both launches 14-25 us predicted: about as fast
+An H200, 4096 x 4096 in bf16: 24 MB, 5.6 us at the speed of memory, where dense weights take 7.8 us. A pair takes four byte
+loads and some 24 integer instructions: 9-13 us of issue with 1 or 2 rows, 14-20 us with 64; both launches 14-25 us predicted: about as fast
 as cuBLAS. The CUDA kernel reads fragments and has its table in shared memory; this one is what runs without it.
 """
 
@@ -88,7 +88,7 @@ def pairs_from(table, codes, bytes0, bits, group, place, keep, numel, NUMBER: tl
 @triton.jit
 def weight_pairs(table, codes, bytes0, bits, row, column, R, K, numel, NUMBER: tl.constexpr, TILES: tl.constexpr,
                  BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """(even, odd): columns column + 2 j and column + 2 j + 1 [BM, BK / 2] of the rows from `row` on, zeros beyond the last column."""
+    """(even, odd): columns column + 2 j and column + 2 j + 1 [BM, BK / 2] of the rows from `row` on, zeros beyond the last."""
     if TILES:  # BK is 128, so all columns are there
         band = wide(tl.minimum(row // 16 + tl.arange(0, BM // 16), R // 16 - 1))
         group = (band * (K // 128) + column // 128) * 16  # of a unit's 16

@@ -109,5 +109,5 @@ _define(
     _check_dfloat11,
 )
 
-from . import reference  # noqa: E402,F401  (registers its kernels)
+from . import reference  # noqa: E402,F401,I001  (registers its kernels)
 from . import triton_ops  # noqa: E402,F401
