@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command of less than ten minutes: `make device-check`, or
 
-    python3 bench/device_check.py [--dry-run] [--only build,tests,pairs,quant,sanitizer,kernels] [--minutes 9.3]
+    python3 bench/device_check.py [--dry-run] [--only build,tests,pairs,quant,lossless,sanitizer,kernels] [--minutes 9.3]
 
 Needs the system's Python with torch and triton, and downloads nothing; a missing package may lie as a wheel under .whl/.
 Builds the extension in place for this GPU, runs the tests marked `gpu`, compute-sanitizer over every kernel, and the
@@ -30,7 +30,7 @@ from device_report import kernel_lines, problems, table
 BENCH = ROOT / "bench"
 SITE, CARRIED, LOGS = (ROOT / "build" / name for name in ("site", "carried", "sanitizer"))
 #: Seconds each stage may take; what one leaves over goes to the benchmarks, which come last.
-BUDGET = {"build": 120, "tests": 110, "pairs": 80, "quant": 50, "sanitizer": 90, "kernels": 105}
+BUDGET = {"build": 120, "tests": 110, "pairs": 80, "quant": 50, "lossless": 40, "sanitizer": 80, "kernels": 75}
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -156,6 +156,10 @@ def quant(session: Session, limit: float) -> Stage:
     return run_tests(session, limit, "quant.log", "tests/test_gpu_quant.py")
 
 
+def lossless(session: Session, limit: float) -> Stage:
+    return run_tests(session, limit, "lossless.log", "tests/test_gpu_lossless.py")
+
+
 def sanitizer(session: Session, limit: float) -> Stage:
     """The four tools at once, each in a process of its own."""
     use_tree(session)
@@ -231,7 +235,8 @@ def kernels(session: Session, limit: float) -> Stage:
 
 
 STAGES: dict[str, Callable[[Session, float], Stage]] = {
-    "build": build, "tests": tests, "pairs": pairs, "quant": quant, "sanitizer": sanitizer, "kernels": kernels,
+    "build": build, "tests": tests, "pairs": pairs, "quant": quant, "lossless": lossless,
+    "sanitizer": sanitizer, "kernels": kernels,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fastloss
 from common import CUDA, Group, head, logits
+from device_lossless import lossless_case, lossless_cases
 from device_pairs import pair_case, pair_cases
 from device_quant import quant_case, quant_cases
 from device_timing import DEVICE, Case, copies, in_turn, kernels, on, peak, relative, rotating, sample
@@ -37,6 +38,7 @@ def cases(tiny: bool) -> list[Case]:
         *(Case("linear", mode, "bfloat16", head_main) for mode in ("C", "R")),
         *pair_cases(tiny),
         *quant_cases(tiny),
+        *lossless_cases(tiny),
         *(Case("linear", mode, "bfloat16", head_small) for mode in ("C", "R")),
         *(Case("rows", mode, "float32", main) for mode in modes),
         *(Case("rows", mode, "float16", main) for mode in modes),
@@ -144,7 +146,8 @@ def linear_case(case: Case) -> dict[str, Any]:
             "logits_bytes": n * v * x.element_size()}  # fmt: skip
 
 
-RUN = {"rows": rows_case, "linear": linear_case, "pairs": pair_case, "quant": quant_case}
+RUN = {"rows": rows_case, "linear": linear_case, "pairs": pair_case, "quant": quant_case,
+       "lossless": lossless_case}  # fmt: skip
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ CASE_SECONDS = 15.0  # a case stops measuring after that
 
 @dataclass(frozen=True)
 class Case:
-    family: str  # "rows", "linear", "pairs" or "quant"
+    family: str  # "rows", "linear", "pairs", "quant" or "lossless"
     mode: str
     dtype: str
     shape: tuple[int, ...]

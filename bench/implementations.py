@@ -458,5 +458,6 @@ def build(group: Group) -> Case:
     import bit_implementations  # noqa: F401
     import packed_layers  # noqa: F401
     import quantisers  # noqa: F401
+    import weight_codecs  # noqa: F401
 
     return CASES[group.op](group)

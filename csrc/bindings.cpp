@@ -91,14 +91,20 @@ Elements elements_of(const std::tuple<uintptr_t, int, int64_t> &t) {
 
 } // namespace
 
-void bind_edges(py::module_ &m);     // bindings_edges.cpp
-void bind_bits(py::module_ &m);      // bindings_bits.cpp
-void bind_groups(py::module_ &m);    // bindings_groups.cpp
-void bind_hash(py::module_ &m);      // bindings_hash.cpp
-void bind_lowbit(py::module_ &m);    // bindings_lowbit.cpp
-void bind_pair_maps(py::module_ &m); // bindings_pair_maps.cpp
-void bind_bits_cuda(py::module_ &m); // bindings_bits_cuda.cpp
-void bind_quant(py::module_ &m);     // bindings_quant.cpp
+void bind_edges(py::module_ &m);                // bindings_edges.cpp
+void bind_bits(py::module_ &m);                 // bindings_bits.cpp
+void bind_groups(py::module_ &m);               // bindings_groups.cpp
+void bind_hash(py::module_ &m);                 // bindings_hash.cpp
+void bind_lowbit(py::module_ &m);               // bindings_lowbit.cpp
+void bind_pair_maps(py::module_ &m);            // bindings_pair_maps.cpp
+void bind_bits_cuda(py::module_ &m);            // bindings_bits_cuda.cpp
+void bind_quant(py::module_ &m);                // bindings_quant.cpp
+void bind_lossless(py::module_ &m);             // bindings_lossless.cpp
+void bind_lossless_encode(py::module_ &m);      // bindings_lossless_encode.cpp
+void bind_lossless_r8(py::module_ &m);          // bindings_lossless_r8.cpp
+void bind_lossless_linear_cuda(py::module_ &m); // bindings_lossless_linear_cuda.cpp
+void bind_dfloat11_cuda(py::module_ &m);        // bindings_dfloat11_cuda.cpp
+void bind_lossless_cuda(py::module_ &m);        // bindings_lossless_cuda.cpp
 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
                              uintptr_t epilogue, uintptr_t stats, uintptr_t dx, uintptr_t dw, uintptr_t dbias,
@@ -354,9 +360,15 @@ PYBIND11_MODULE(_C, m) {
   bind_groups(m);
   bind_hash(m);
   bind_lowbit(m);
+  bind_lossless_encode(m);
   bind_pair_maps(m);
   bind_bits_cuda(m);
   bind_quant(m);
+  bind_lossless(m);
+  bind_lossless_r8(m);
+  bind_lossless_linear_cuda(m);
+  bind_dfloat11_cuda(m);
+  bind_lossless_cuda(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;
   m.attr("archs") = FASTLOSS_ARCHS;

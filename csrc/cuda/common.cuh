@@ -138,6 +138,9 @@ __device__ inline void cp_async16(SharedAddress shared, const void *global, unsi
 __device__ inline void cp_async16(void *shared, const void *global, unsigned bytes = 16) {
   cp_async16(shared_address(shared), global, bytes);
 }
+__device__ inline void cp_async8(SharedAddress shared, const void *global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 

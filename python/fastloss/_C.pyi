@@ -181,6 +181,49 @@ def hamming_topk_cuda(
     *, a: _Planes, b: _Planes, scale: int, count: int, keys: int, splits: int, values: int, index: int, plan: int,
     device: int, stream: int,
 ) -> None: ...  # fmt: skip
+def lossless_linear_parts_cuda(rows: int, columns: int, device: int) -> int: ...
+def lossless_linear_cuda(
+    *, x: int, n: int, blob: int, plan: list[int], bias: int, out: int, parts: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+def lossless_decode_cuda(
+    *, blob: int, plan: list[int], first: int, count: int, out: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+def lossless_rows_cuda(
+    *, blob: int, plan: list[int], index: int, wide: bool, count: int, out: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+def crc32c_pieces_cuda(size: int, block: int) -> int: ...
+def crc32c_cuda(
+    *, data: int, size: int, block: int, pieces: int, out: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+def p7_histogram_cuda(
+    *, numbers: int, numel: int, number: int, counts: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+def p7_encode_cuda(
+    *, numbers: int, numel: int, number: int, table: int, codes_of: int, codes: int, bytes: list[int], bits: int,
+    escapes: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def p7_escapes_cuda(
+    *, numbers: int, numel: int, number: int, codes: int, offsets: int, positions: int, values: int, device: int,
+    stream: int,
+) -> None: ...  # fmt: skip
+def byte_split_cuda(
+    *, numbers: int, numel: int, number: int, field: int, bytes: list[int], bits: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+def byte_histogram_cuda(*, plane: int, numel: int, counts: int, device: int, stream: int) -> None: ...
+
+R8_SCRATCH: int
+
+def r8_encode_cuda(
+    *, plane: int, numel: int, frequencies: int, scratch: int, lengths: int, literals: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+def r8_move_cuda(
+    *, scratch: int, numel: int, literals: int, offsets: int, data: int, device: int, stream: int
+) -> None: ...  # fmt: skip
+
+def dfloat11_decode_cuda(
+    *, luts: int, tables: int, codes: int, code_bytes: int, sign_mantissa: int, output_positions: int, gaps: int,
+    gap_bytes: int, out: int, numel: int, threads: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
 
 class FakeQuant:
     """csrc/cpu/fake_quant.h"""
@@ -228,3 +271,43 @@ def hash_attention_cpu(
 def hash_slopes_cpu(
     *, grad: int, out: int, d: int, inverse: int, slope: int, tokens: int, width: int, dtype: int, isa: int
 ) -> None: ...
+def lossless_decode_cpu(
+    *, blob: int, plan: list[int], item: int, first: int, count: int, out: int, isa: int
+) -> None: ...  # fmt: skip
+def lossless_decode_checked_cpu(*, blob: int, plan: list[int], item: int, out: int, isa: int) -> int: ...
+def lossless_rows_cpu(
+    *, blob: int, plan: list[int], item: int, index: int, count: int, out: int, isa: int
+) -> int: ...  # fmt: skip
+def crc32c_cpu(*, data: int, bytes: int, block: int, crcs: int, isa: int) -> None: ...
+def r8_decode_cpu(
+    *, frequencies: int, offsets: int, data: int, data_bytes: int, numel: int, out: int, isa: int
+) -> None: ...  # fmt: skip
+
+class RansPayloads:
+    def bytes(self) -> int: ...
+    def copy_to(self, data: int) -> None: ...
+
+def r8_encode_cpu(*, plane: int, frequencies: int, numel: int, offsets: int, isa: int) -> RansPayloads: ...
+def dfloat11_decode_cpu(
+    *, luts: int, tables: int, codes: int, code_bytes: int, sign_mantissa: int, positions: int, gaps: int, numel: int,
+    blocks: int, bytes_per_thread: int, threads_per_block: int, out: int,
+) -> int: ...  # fmt: skip
+
+class Escapes:
+    """csrc/cpu/p7_encode.h"""
+
+    @property
+    def count(self) -> int: ...
+    def any(self, plane: int) -> bool: ...
+    def write(self, *, positions: int, values: int) -> None: ...
+
+def p7_histogram_cpu(*, x: int, number: int, numel: int, counts: int, isa: int) -> None: ...
+def p7_encode_cpu(
+    *, x: int, number: int, numel: int, table: int, codes: int, planes: list[int], bits: int, offsets: int,
+    block_crc: int, isa: int,
+) -> Escapes: ...  # fmt: skip
+def byte_split_cpu(
+    *, x: int, number: int, numel: int, field: int, planes: list[int], bits: int, isa: int
+) -> None: ...  # fmt: skip
+def byte_histogram_cpu(*, plane: int, numel: int, counts: int) -> None: ...
+def lossless_linear_cpu(*, blob: int, plan: list[int], x: int, n: int, bias: int, out: int, isa: int) -> bool: ...

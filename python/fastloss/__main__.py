@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, info
+from .lossless import cli as lossless_cli
 
 
 def _own_bench_folder() -> Path | None:
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--dtype", choices=info.DTYPES, default="float32", help="default: %(default)s")
     bench.add_argument("--repeats", type=int, default=5, help="calls of each way (default: %(default)s)")
+    lossless_cli.add_commands(commands)
     return parser
 
 
@@ -105,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         return info.main(["--json"] if arguments.json else [])
+    if arguments.command in lossless_cli.COMMANDS:
+        return lossless_cli.run(arguments)
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
     return _bench(arguments)

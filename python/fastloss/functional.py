@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,9 @@ from .fused import Formula, denominator, pack
 from .passed_through import explained as _explained
 from .pointwise import binary_cross_entropy_with_logits, kl_div
 from .statistics import RowStats
+
+if TYPE_CHECKING:
+    from .lossless import CompressedTensor
 
 __all__ = [
     "binary_cross_entropy",
@@ -292,7 +295,7 @@ def _rows(t: Tensor, vocab: int) -> Tensor:
 
 def linear_cross_entropy(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | CompressedTensor,
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
@@ -321,10 +324,21 @@ def linear_cross_entropy(
     Beyond torch, keyword-only: `z_loss`, `softcap`, `logit_scale`, `shift`, `returns` as in `cross_entropy`;
     `max_extra_bytes` bounds the logits held at a time; `grad_weight`, a float32 buffer of linear_weight's shape, gets dW
     added in the backward instead of linear_weight.grad; `skip_ignored` takes ignored rows out before the GEMMs on a GPU
-    too, at the price of one host sync (a CPU always does).
+    too, at the price of one host sync (a CPU always does). `linear_weight` may be a `fastloss.lossless.CompressedTensor`: it
+    is frozen, and decoded a chunk of rows at a time.
 
     Raises RuntimeError and ValueError as torch does; IndexError (CPU) for a class id out of range.
     """
+    if not isinstance(linear_weight, Tensor):
+        from .lossless import head
+
+        if isinstance(linear_weight, head.CompressedTensor):
+            return head.linear_cross_entropy(
+                input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
+                ignore_index=ignore_index, label_smoothing=label_smoothing, options=options, z_loss=z_loss, softcap=softcap,
+                logit_scale=logit_scale, shift=shift, returns=returns, max_extra_bytes=max_extra_bytes,
+                grad_weight=grad_weight, skip_ignored=skip_ignored,
+            )  # fmt: skip
     _check_tensors(input=input, linear_weight=linear_weight, target=target)
     extras = _extras(z_loss, softcap, logit_scale, shift, returns)
     if _autocast(input) and input.dtype != torch.float64:

@@ -214,8 +214,11 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         """The loss of features (N, in_features); any number of leading dims."""
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias
+        weight = None if self.out_features else getattr(self.linear, "compressed_weight", None)
+        if weight is None:
+            weight = self.linear.weight.reshape(*shape, -1)
         return functional.linear_cross_entropy(
-            input, self.linear.weight.reshape(*shape, -1), target,
+            input, weight, target,
             linear_bias=None if bias is None else bias.reshape(shape), weight=self.weight, reduction=self.reduction,
             ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, options=self.options,
             z_loss=self.z_loss, softcap=self.softcap, logit_scale=self.logit_scale, shift=self.shift, returns=returns,

@@ -25,7 +25,11 @@ FLAGS = {
 }
 CACHE = ROOT / "build" / "cuda_host"  # the tree's own: a folder that others can write to could hold any library
 
-BITS = ("bgemm", "hamming_topk")  # `only="bits"`: these, and bits_capi.cpp
+#: `only="bits"`: these kernels, and bits_capi.cpp.
+GROUPS = {
+    "bits": ("bgemm", "hamming_topk"),
+    "lossless": ("p7_decode", "p7_rows", "r8_decode", "crc32c", "p7_encode", "r8_encode"),
+}
 
 Patch = tuple[str, str, str]
 """A file of csrc/cuda, a text that stands in it exactly once, and what replaces it."""
@@ -70,9 +74,10 @@ def sources(patches: Sequence[Patch] = ()) -> dict[str, str]:
 def build(
     variant: str = "plain", patches: Sequence[Patch] = (), program: str | None = None, only: str | None = None
 ) -> Path:
-    """The shared library of the kernels (`only`: row_stats, row_terms or bits) and capi.cpp, or an executable of `program`."""
+    """The shared library of the kernels (`only`: a kernel file, or one of GROUPS) and capi.cpp, or an executable of `program`."""
     texts = sources(patches)
-    capi = "bits_capi.cpp" if only == "bits" else "capi.cpp"
+    own = HERE / f"{only}_capi.cpp"
+    capi = own.name if own.exists() else "capi.cpp"
     texts["capi.cpp"] = (HERE / capi).read_text() if program is None else program
     key = hashlib.sha256(repr((variant, FLAGS[variant], texts, only)).encode()).hexdigest()[:20]
     out = CACHE / f"{key}.{'so' if program is None else 'exe'}"
@@ -85,9 +90,10 @@ def build(
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         made = Path(work) / "made"
-        kernels = [f"{work}/{name}" for name in texts if name.endswith(".cu") and name != "device.cu"]
+        apart = {f"{name}.cu" for group in GROUPS.values() for name in group} | {"device.cu"}
+        kernels = [f"{work}/{name}" for name in texts if name.endswith(".cu") and name not in apart]
         if only:
-            names = BITS if only == "bits" else (only,)
+            names = GROUPS.get(only, (only,))
             kernels = [f"-DONLY_{only}", *(f"{work}/{name}.cu" for name in names)]
         kind = ["-fPIC", "-shared", *kernels] if program is None else []
         warnings = "-Wall -Wextra -Wno-unused -Wno-unknown-pragmas".split()
@@ -116,10 +122,23 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in (
         "c_bgemm",
+        "c_dfloat11",
+        "c_byte_split",
+        "c_byte_histogram",
+        "c_byte_split",
+        "c_crc32c",
+        "c_dfloat11",
         "c_edge_dot",
         "c_edge_sum",
         "c_launch",
+        "c_lossless_decode",
+        "c_lossless_linear",
+        "c_lossless_linear_blob",
+        "c_lossless_rows",
+        "c_p7_encode",
+        "c_p7_histogram",
         "c_pointwise",
+        "c_r8_encode",
         "c_region_stats",
         "c_run",
         "c_sample",

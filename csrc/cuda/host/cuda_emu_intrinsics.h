@@ -262,6 +262,9 @@ inline void cluster_sync(EMU_AT) {
 inline void cp_async16(void *shared, const void *global, unsigned bytes = 16, EMU_AT) {
   emu::cp_async(shared, global, bytes, {"cp_async16", file_, line_});
 }
+inline void cp_async8(void *shared, const void *global, EMU_AT) {
+  emu::cp_async(shared, global, 8, {"cp_async8", file_, line_}, 8);
+}
 inline void cp_async_commit() { ++emu::cur->group; }
 template <int LEFT> void cp_async_wait() { emu::cp_async_wait(LEFT); }
 template <class T> T load_stream(const T *p, EMU_AT) {

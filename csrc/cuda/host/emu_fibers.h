@@ -17,7 +17,7 @@ struct Site { // an intrinsic, and where it was called
 struct Copy { // one cp.async in flight
   char *dst;
   const char *src;
-  unsigned size, group;
+  unsigned size, group, width;
 };
 struct Fiber {
   void *sp;

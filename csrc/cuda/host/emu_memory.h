@@ -5,13 +5,13 @@ namespace emu {
 // ---- cp.async: performed at the wait (or, in a random order, sometimes at once): both are allowed on a GPU
 inline void copy_now(const Copy &c) {
   memcpy(c.dst, c.src, c.size);
-  memset(c.dst + c.size, 0, 16 - c.size);
+  memset(c.dst + c.size, 0, c.width - c.size);
 }
 
-EMU_FN void cp_async(void *dst, const void *src, unsigned size, Site s) {
+EMU_FN void cp_async(void *dst, const void *src, unsigned size, Site s, unsigned width = 16) {
   Fiber *f = cur;
-  const Copy c{static_cast<char *>(dst), static_cast<const char *>(src), size, f->group};
-  if (reinterpret_cast<uintptr_t>(dst) % 16 || (size && reinterpret_cast<uintptr_t>(src) % 16))
+  const Copy c{static_cast<char *>(dst), static_cast<const char *>(src), size, f->group, width};
+  if (reinterpret_cast<uintptr_t>(dst) % width || (size && reinterpret_cast<uintptr_t>(src) % width))
     fail("misaligned cp.async, %s:%d", s.file, s.line);
   EMU_TSAN(copy_now(c);) // a write at both ends: races with either are races
   if (g.order > 0 && rnd(2)) return copy_now(c);

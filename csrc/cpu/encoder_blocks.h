@@ -1,0 +1,26 @@
+// How the encoders walk over blocks: each thread takes one run of consecutive blocks.
+#pragma once
+#include "../lossless.h"
+#include "bit_blocks.h"
+
+namespace fastloss {
+namespace {
+
+inline int64_t numbers_of_block(int64_t numel, int64_t block) {
+  return std::min(kLosslessBlock, numel - block * kLosslessBlock);
+}
+
+// Two blocks are not worth waking a second thread.
+inline int runs_of_blocks(int64_t numel) {
+  return int(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), lossless_blocks(numel) / 2)));
+}
+
+// body(run, first block, last block) of every run.
+template <class Body> void each_run_of_blocks(int64_t numel, const Body &body) {
+  const int64_t blocks = lossless_blocks(numel), runs = runs_of_blocks(numel);
+#pragma omp parallel for schedule(static) num_threads(int(runs)) if (runs > 1)
+  for (int64_t run = 0; run < runs; ++run) body(int(run), run * blocks / runs, (run + 1) * blocks / runs);
+}
+
+} // namespace
+} // namespace fastloss

@@ -1,0 +1,130 @@
+// Decoding within blocks: whole groups straight to their place, parts of groups by way of a little room.
+#include "lossless_blocks.h"
+#include "p7_decode.h"
+
+namespace fastloss {
+
+#define FASTLOSS_LOOPS "lossless_blocks.inc"
+#include "each_byte_isa.inc"
+#undef FASTLOSS_LOOPS
+
+namespace {
+
+constexpr int64_t kChunk = 512; // numbers whose fields stay in L1 between look-up and merge
+
+alignas(64) constexpr uint8_t kZeros[kChunk] = {}; // a plane that is not stored
+
+DecodeLoops decode_loops_for(int isa) {
+  const ByteIsa level = byte_isa(level_for(isa));
+#ifdef __x86_64__
+  if (level == kAvx512Bytes) return avx512vbmi::decode_loops();
+  if (level == kAvx2Bytes) return avx2::decode_loops();
+#endif
+  (void)level;
+  return scalar::decode_loops();
+}
+
+// Section offsets are signed when they are compared: what is negative is 0.
+int64_t clamped(uint64_t offset, int64_t most) { return std::min(std::max(int64_t(offset), int64_t(0)), most); }
+
+// Always inlined: GCC drops calls of a function that does nothing but prefetch.
+__attribute__((always_inline)) inline void ask(const uint8_t *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// While a decoded block is checked and written past the cache, nothing is read that the processor's own prefetchers
+// could follow: ask for the sections of the next one.
+__attribute__((always_inline)) inline void ask_ahead(const Compressed &c, int64_t first, int64_t count) {
+  const int64_t bit_planes = kSplits[c.number].bit_planes;
+  if (first + count > c.numel) return;
+  if (c.codec == kP7) ask(c.codes + first / kLosslessGroup * kP7GroupBytes, count / kLosslessGroup * kP7GroupBytes);
+  for (const uint8_t *plane : c.bytes)
+    if (plane) ask(plane + first, count);
+  if (bit_planes) ask(c.bits + first / 8 * bit_planes, count / 8 * bit_planes);
+}
+
+} // namespace
+
+LosslessBlocks::LosslessBlocks(const Compressed &c, int item, int isa)
+    : c(c), item(item), count(lossless_blocks(c.numel)), isa_(isa), loops_(decode_loops_for(isa)) {}
+
+int64_t LosslessBlocks::room() const {
+  int64_t planes = 0;
+  for (const RansPlane &plane : c.coded) planes += plane.frequencies != nullptr;
+  return planes * std::min(count, together()) * kLosslessBlock;
+}
+
+int LosslessBlocks::threads(int64_t numbers, int64_t tasks) const {
+  return numbers <= kFewNumbers ? 1 : int(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), tasks)));
+}
+
+void LosslessBlocks::decode_coded(int64_t first, int64_t count, uint8_t *coded) const {
+  for (const RansPlane &plane : c.coded) {
+    if (!plane.frequencies) continue;
+    r8_decode_blocks(plane, c.numel, first, count, coded, isa_);
+    coded += std::min(this->count, together()) * kLosslessBlock;
+  }
+}
+
+void LosslessBlocks::decode_groups(int64_t block, int64_t at, const uint8_t *coded, int64_t from, int64_t count,
+                                   uint8_t *out) const {
+  const Split split = kSplits[c.number];
+  const int64_t first = block * kLosslessBlock;
+  const int64_t padded = std::min(kLosslessBlock, lossless_padded(c.numel) - first);
+  const int64_t plane = std::min(this->count, together()) * kLosslessBlock;
+  alignas(64) uint8_t fields[kChunk];
+  for (int64_t i = from; i < from + count; i += kChunk) {
+    const int64_t some = std::min(kChunk, from + count - i);
+    const uint8_t *next = coded + at * kLosslessBlock + i; // in the next coded plane
+    NumberPlanes planes = {};
+    if (ahead) ask_ahead(c, first + kLosslessBlock + i, some);
+    if (c.codec == kP7) {
+      loops_.p7_fields(c.table, c.codes + (first + i) / kLosslessGroup * kP7GroupBytes, some / kLosslessGroup, fields);
+      planes.field = fields;
+    } else {
+      planes.field = next, next += plane;
+    }
+    for (int p = 0; p < split.byte_planes; ++p) {
+      planes.bytes[p] = c.bytes[p] ? c.bytes[p] + first + i : kZeros;
+      if (c.coded[p + 1].frequencies) planes.bytes[p] = next, next += plane;
+    }
+    for (int p = 0; p < split.bit_planes; ++p)
+      planes.bits[p] = c.bits + first / 8 * split.bit_planes + (p * padded + i) / 8;
+    loops_.merge[c.number](planes, some, out + (i - from) * item);
+  }
+}
+
+void LosslessBlocks::write_escapes(int64_t block, int64_t from, int64_t to, uint8_t *out) const {
+  const int64_t end = clamped(c.escape_offsets[block + 1], c.escapes);
+  const char *values = static_cast<const char *>(c.escape_values);
+  for (int64_t e = clamped(c.escape_offsets[block], c.escapes); e < end; ++e) {
+    const int64_t place = 2 * int64_t(c.escape_positions[e]);
+    for (int64_t half = 0; half < 2; ++half)
+      if (place + half >= from && place + half < to)
+        memcpy(out + (place + half - from) * item, values + (2 * e + half) * item, size_t(item));
+  }
+}
+
+void LosslessBlocks::decode(int64_t block, int64_t at, const uint8_t *coded, int64_t from, int64_t to,
+                            uint8_t *out) const {
+  if (c.codec == kRaw) {
+    memcpy(out, c.raw + (block * kLosslessBlock + from) * item, size_t((to - from) * item));
+    return;
+  }
+  alignas(64) uint8_t edge[4 * kLosslessGroup];
+  for (int64_t i = from; i < to;) {
+    const int64_t within = i % kLosslessGroup, whole = (to - i) / kLosslessGroup * kLosslessGroup;
+    if (!within && whole) {
+      decode_groups(block, at, coded, i, whole, out + (i - from) * item);
+      i += whole;
+    } else {
+      const int64_t some = std::min(kLosslessGroup - within, to - i);
+      decode_groups(block, at, coded, i - within, kLosslessGroup, edge);
+      memcpy(out + (i - from) * item, edge + within * item, size_t(some * item));
+      i += some;
+    }
+  }
+  if (c.codec == kP7) write_escapes(block, from, to, out);
+}
+
+} // namespace fastloss
