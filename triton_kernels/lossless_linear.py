@@ -5,8 +5,8 @@ sparse list while it adds up the splits: every sum has one order, whatever the d
 apart: a code gives one of each, and nothing has to be interleaved.
 
 An H200, 4096 x 4096 in bf16: 24 MB, 5.6 us at the speed of memory, where dense weights take 7.8 us. A pair takes four byte
-loads and some 24 integer instructions: 9-13 us of issue with 1 or 2 rows, 14-20 us with 64; both launches 14-25 us
-predicted: about as fast as cuBLAS. The CUDA kernel reads fragments and has its table in shared memory; this one is what runs without it.
+loads and some 24 integer instructions: 9-13 us of issue with 1 or 2 rows, 14-20 us with 64; both launches 14-25 us predicted:
+about as fast as cuBLAS. The CUDA kernel reads fragments and has its table in shared memory; this one is what runs without it.
 """
 
 from __future__ import annotations
