@@ -86,7 +86,9 @@ def hostile(c: lossless.CompressedTensor, seed: int, small: bool) -> Tensor:
         noise = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
         if small and kind in (Section.ESCAPE_OFFSETS, *range(Section.FIELD_OFFSETS, Section.RAW, 3)):
             most = c.header.sections[kind + 1][1] if kind + 1 in c.header.sections else 1
-            noise = torch.randint(-2, most + 3, (count // 8,), generator=generator).view(torch.uint8)
+            near = torch.randint(most // 2, most + 3, (count // 8,), generator=generator)
+            near[0] = -2
+            noise = near.view(torch.uint8)
         blob[offset : offset + count] = noise
     return blob
 
