@@ -30,7 +30,7 @@ def packed(x: Tensor, codec: Codec, layout: Layout = Layout.ROWS) -> lossless.Co
         flat = x.reshape(-1)
         if layout == Layout.TILES:
             flat = to_tiles(flat.view(cases.INTEGERS[x.element_size()]), x.shape[1]).view(x.dtype)
-        parts = _p7(flat, x.dim())[0] if codec == P7 else _r8(flat)
+        parts = (_p7 if codec == P7 else _r8)(flat, x.dim())[0]
         parts[Section.BLOCK_CRC] = _crc(flat)
         return lossless.CompressedTensor(*header.build(codec, layout, x.dtype, x.shape, parts))
 
