@@ -103,6 +103,7 @@ void bind_lossless(py::module_ &m);             // bindings_lossless.cpp
 void bind_lossless_encode(py::module_ &m);      // bindings_lossless_encode.cpp
 void bind_lossless_r8(py::module_ &m);          // bindings_lossless_r8.cpp
 void bind_lossless_linear_cuda(py::module_ &m); // bindings_lossless_linear_cuda.cpp
+void bind_dfloat11_cuda(py::module_ &m);        // bindings_dfloat11_cuda.cpp
 void bind_lossless_cuda(py::module_ &m);        // bindings_lossless_cuda.cpp
 
 LinearCrossEntropy linear_of(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t target, uintptr_t column_weight,
@@ -366,6 +367,7 @@ PYBIND11_MODULE(_C, m) {
   bind_lossless(m);
   bind_lossless_r8(m);
   bind_lossless_linear_cuda(m);
+  bind_dfloat11_cuda(m);
   bind_lossless_cuda(m);
 #ifdef FASTLOSS_CUDA
   m.attr("cuda") = true;

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/byte_histogram.h"
+#include "cpu/lossless_linear.h"
 #include "cpu/p7_encode.h"
 
 namespace py = pybind11;
@@ -45,14 +47,14 @@ void bind_lossless_encode(py::module_ &m) {
   m.def(
       "p7_encode_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t table, uintptr_t codes, const std::vector<uintptr_t> &planes,
-         uintptr_t bits, uintptr_t offsets, int isa) {
+         uintptr_t bits, uintptr_t offsets, uintptr_t block_crc, int isa) {
         const P7Encode args = {split_of(x, number, numel, 0, planes, bits), pointer<uint8_t>(table),
-                               pointer<uint8_t>(codes), pointer<uint64_t>(offsets)};
+                               pointer<uint8_t>(codes), pointer<uint64_t>(offsets), pointer<uint32_t>(block_crc)};
         py::gil_scoped_release release;
         return p7_encode_cpu(args, isa);
       },
       py::kw_only(), py::arg("x"), py::arg("number"), py::arg("numel"), py::arg("table"), py::arg("codes"),
-      py::arg("planes"), py::arg("bits"), py::arg("offsets"), py::arg("isa"));
+      py::arg("planes"), py::arg("bits"), py::arg("offsets"), py::arg("block_crc"), py::arg("isa"));
   m.def(
       "byte_split_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t field, const std::vector<uintptr_t> &planes, uintptr_t bits,
@@ -65,9 +67,23 @@ void bind_lossless_encode(py::module_ &m) {
       py::arg("bits"), py::arg("isa"));
   m.def(
       "byte_histogram_cpu",
-      [](uintptr_t plane, int64_t numel, uintptr_t counts) {
+      [](uintptr_t plane, int64_t numel, uintptr_t counts, int isa) {
         py::gil_scoped_release release;
-        byte_histogram_cpu(pointer<uint8_t>(plane), numel, pointer<int64_t>(counts));
+        byte_histogram_cpu(pointer<uint8_t>(plane), numel, pointer<int64_t>(counts), isa);
       },
-      py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("counts"));
+      py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("counts"), py::arg("isa"));
+  m.def(
+      "lossless_linear_cpu",
+      [](uintptr_t blob, const std::vector<int64_t> &plan, uintptr_t x, int64_t n, uintptr_t bias, uintptr_t out,
+         int isa) {
+        if (plan.size() != size_t(kPlanHead + 2 * kSections))
+          throw std::invalid_argument("a plan has " + std::to_string(kPlanHead + 2 * kSections) + " integers, got " +
+                                      std::to_string(plan.size()));
+        const LosslessLinear args = {compressed_at(pointer<uint8_t>(blob), plan.data()), pointer<uint16_t>(x), n,
+                                     pointer<uint16_t>(bias), pointer<uint16_t>(out)};
+        py::gil_scoped_release release;
+        return lossless_linear_cpu(args, isa);
+      },
+      py::kw_only(), py::arg("blob"), py::arg("plan"), py::arg("x"), py::arg("n"), py::arg("bias"), py::arg("out"),
+      py::arg("isa"));
 }

@@ -1,9 +1,11 @@
-// Python names of R8's loops: csrc/cpu/r8_decode.h and r8_encode.h say what each field is.
+// Python names of the loops of R8 and DFloat11: csrc/cpu/{r8_decode,r8_encode,dfloat11_decode}.h say what each field
+// is.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <memory>
 
+#include "cpu/dfloat11_decode.h"
 #include "cpu/r8_decode.h"
 #include "cpu/r8_encode.h"
 
@@ -45,4 +47,26 @@ void bind_lossless_r8(py::module_ &m) {
                                                             numel, pointer<int64_t>(offsets), isa));
       },
       py::kw_only(), py::arg("plane"), py::arg("frequencies"), py::arg("numel"), py::arg("offsets"), py::arg("isa"));
+  m.def(
+      "dfloat11_decode_cpu",
+      [](uintptr_t luts, int tables, uintptr_t codes, int64_t code_bytes, uintptr_t sign_mantissa, uintptr_t positions,
+         uintptr_t gaps, int64_t numel, int64_t blocks, int bytes_per_thread, int threads_per_block, uintptr_t out) {
+        const Dfloat11 args = {pointer<uint8_t>(luts),
+                               tables,
+                               pointer<uint8_t>(codes),
+                               code_bytes,
+                               pointer<uint8_t>(sign_mantissa),
+                               pointer<uint32_t>(positions),
+                               pointer<uint8_t>(gaps),
+                               numel,
+                               blocks,
+                               bytes_per_thread,
+                               threads_per_block,
+                               pointer<uint16_t>(out)};
+        py::gil_scoped_release release;
+        return dfloat11_decode_cpu(args);
+      },
+      py::kw_only(), py::arg("luts"), py::arg("tables"), py::arg("codes"), py::arg("code_bytes"),
+      py::arg("sign_mantissa"), py::arg("positions"), py::arg("gaps"), py::arg("numel"), py::arg("blocks"),
+      py::arg("bytes_per_thread"), py::arg("threads_per_block"), py::arg("out"));
 }

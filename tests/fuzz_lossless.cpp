@@ -1,7 +1,7 @@
-// Hostile compressed tensors: of any bytes, a plan that contract.check_plan would pass and sections of any content, decoded
-// on every instruction set from a blob and to an output that end where AddressSanitizer sees them end. All instruction
-// sets must agree. Built with -fsanitize=fuzzer the entry is LLVMFuzzerTestOneInput; without, `main` makes the bytes
-// up: fuzz_lossless [seconds] [executions] [seed].
+// Hostile compressed tensors: of any bytes, a plan that contract.check_plan would pass and sections of any content,
+// decoded on every instruction set from a blob and to an output that end where AddressSanitizer sees them end. All
+// instruction sets must agree. Built with -fsanitize=fuzzer the entry is LLVMFuzzerTestOneInput; without, `main` makes
+// the bytes up: fuzz_lossless [seconds] [executions] [seed].
 #include "cpu/cpu.h"
 #include "cpu/crc32c.h"
 #include "cpu/lossless_decode.h"
@@ -54,7 +54,8 @@ private:
 };
 
 int64_t sizes_of(Bytes &in) {
-  const int64_t near[] = {0, 1, 2, 63, 64, 65, 127, 128, 129, 4095, 4096, 4097, 16383, 16384, 16385, 32768, 65535, 65537};
+  const int64_t near[] = {0,    1,    2,    63,    64,    65,    127,   128,   129,
+                          4095, 4096, 4097, 16383, 16384, 16385, 32768, 65535, 65537};
   return in.next() & 1 ? near[in.below(int64_t(std::size(near)))] : in.below(90000);
 }
 
@@ -120,7 +121,8 @@ struct Problem {
     std::vector<uint64_t> values(size_t(bytes / 8));
     for (uint64_t &value : values) value = uint64_t(in.below(total + 1));
     if (rising) std::sort(values.begin(), values.end());
-    else for (uint64_t &value : values) value = in.below(3) ? value : value * 0x9e3779b97f4a7c15u;
+    else
+      for (uint64_t &value : values) value = in.below(3) ? value : value * 0x9e3779b97f4a7c15u;
     memcpy(at, values.data(), size_t(bytes));
   }
 
@@ -171,11 +173,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     lossless_decode_cpu(c, item, first, count, isa ? got_part.get() : want_part.get(), isa);
     const int64_t found = lossless_decode_checked_cpu(c, item, isa ? got_all.get() : want_all.get(), isa);
     if (!isa) bad = found;
-    if (rows) lossless_rows_cpu(c, item, index.data(), int64_t(index.size()), isa ? got_few.get() : want_few.get(), isa);
+    if (lossless_decode_checked_cpu(c, item, nullptr, isa) != found) abort();
+    if (rows)
+      lossless_rows_cpu(c, item, index.data(), int64_t(index.size()), isa ? got_few.get() : want_few.get(), isa);
     if (!isa) continue;
     same(want_part.get(), got_part.get(), part, "a range", isa), same(want_all.get(), got_all.get(), all, "all", isa);
     same(want_few.get(), got_few.get(), few, "rows", isa);
-    same(reinterpret_cast<uint8_t *>(&bad), reinterpret_cast<const uint8_t *>(&found), sizeof bad, "the bad block", isa);
+    same(reinterpret_cast<uint8_t *>(&bad), reinterpret_cast<const uint8_t *>(&found), sizeof bad, "the bad block",
+         isa);
   }
   same(want_part.get(), want_all.get() + first * item, part, "a part", 0);
   return 0;
@@ -196,7 +201,8 @@ int main(int argc, char **argv) {
       byte = uint8_t(state >> 32);
     }
     LLVMFuzzerTestOneInput(input, sizeof input);
-    if (runs % 10000 == 9999) printf("%ld executions, %.1f a second\n", runs + 1, double(runs + 1) / spent()), fflush(stdout);
+    if (runs % 10000 == 9999)
+      printf("%ld executions, %.1f a second\n", runs + 1, double(runs + 1) / spent()), fflush(stdout);
   }
   printf("%ld executions in %.1f s: clean\n", runs, spent());
 }

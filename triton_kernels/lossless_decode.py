@@ -30,7 +30,7 @@ from .lossless_numbers import (
     Plan,
     decoded_pair,
     escapes_of,
-    pair_in_unit,
+    matrix_of,
     place_in_unit,
 )
 from .r8_decode import r8_numbers
@@ -51,25 +51,24 @@ def unit_place(unit, columns):
 def decode_chunk(table, codes, bytes0, bytes1, bytes2, bits, out, chunk, base, count, low, high, before, columns,
                  NUMBER: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """CHUNK pairs of a block from pair `chunk` on; the first has number `base`. WHOLE: all of them are wanted."""
-    k = tl.arange(0, CHUNK)
-    j = tl.arange(0, 2 * CHUNK)
-    if TILES:
-        p = chunk + pair_in_unit(k // 64, k % 64)
-        to = unit_place(before + base // 2048, columns) - wide(before) * 2048 - low + (j // 128) * columns + j % 128
-    else:
-        p = chunk + k
-        to = base - low + j
+    p = chunk + tl.arange(0, CHUNK)
     if WHOLE:
         keep = tl.full([CHUNK], 1, tl.int1)
     else:
         keep = p < count // 2
     first, second = decoded_pair(table, codes, bytes0, bytes1, bytes2, bits, p, p, count // 8, keep, NUMBER)
     kind = out.dtype.element_ty
-    value = tl.interleave(first.to(kind), second.to(kind))
-    if WHOLE:
-        tl.store(out + to, value)
+    first, second = first.to(kind), second.to(kind)
+    if TILES:  # a unit, and ranges hold whole ones
+        r, c = tl.arange(0, 16), tl.arange(0, 128)
+        out += unit_place(before + base // 2048, columns) - wide(before) * 2048 - low
+        tl.store(out + r[:, None] * columns + c[None, :], tl.interleave(matrix_of(first, 16), matrix_of(second, 16)))
     else:
-        tl.store(out + to, value, mask=(base + j >= low) & (base + j < high))
+        j = base + tl.arange(0, 2 * CHUNK)
+        if WHOLE:
+            tl.store(out + (j - low), tl.interleave(first, second))
+        else:
+            tl.store(out + (j - low), tl.interleave(first, second), mask=(j >= low) & (j < high))
 
 
 @triton.jit

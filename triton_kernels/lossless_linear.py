@@ -1,12 +1,12 @@
 """lossless_linear: x Wᵀ + bias for W in P7 (bf16, fp16), which is decoded in registers and never stored.
 
 W is split exactly: where a pair escapes, its codes give zeros, so the dense product leaves it out, and the second kernel adds the
-sparse list while it adds up the splits: every sum has one order, whatever the device. Even and odd columns are multiplied apart:
-a code gives one of each, and nothing has to be interleaved.
+sparse list while it adds up the splits: every sum has one order, whatever the device. Even and odd columns are multiplied
+apart: a code gives one of each, and nothing has to be interleaved.
 
-An H200, 4096 x 4096 in bf16: 24 MB, 5.6 us at the speed of memory, where dense weights take 7.8 us. A pair takes four byte loads and
-some 24 integer instructions: 9-13 us of issue with 1 or 2 rows, 14-20 us with 64; both launches 14-25 us predicted: about as fast
-as cuBLAS. The CUDA kernel reads fragments and has its table in shared memory; this one is what runs without it.
+An H200, 4096 x 4096 in bf16: 24 MB, 5.6 us at the speed of memory, where dense weights take 7.8 us. A pair takes four byte
+loads and some 24 integer instructions: 9-13 us of issue with 1 or 2 rows, 14-20 us with 64; both launches 14-25 us predicted:
+about as fast as cuBLAS. The CUDA kernel reads fragments and has its table in shared memory; this one is what runs without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from torch import Tensor
 
 from .common import on_device, wide
 from .lossless_decode import p7_parts
-from .lossless_numbers import BF16, BLOCK, FP16, PAIRS, UNIT_PAIRS, Plan, decoded_pair, escapes_of, pair_in_unit, place_in_unit
+from .lossless_numbers import (
+    BF16,
+    BLOCK,
+    FP16,
+    PAIRS,
+    UNIT_PAIRS,
+    Plan,
+    decoded_pair,
+    escapes_of,
+    matrix_of,
+    place_in_unit,
+)
 
 #: Rows of x up to which decoding in registers beats decoding once and a dense product.
 MOST_ROWS = 64
@@ -39,10 +50,11 @@ class LinearTile(NamedTuple):
     warps: int
 
 
-def default_tile(batch: int) -> LinearTile:
+def default_tile(batch: int, tiles: bool, number: int) -> LinearTile:
+    """A unit of layout `tiles` has 128 columns, and so have its products. Bit planes take registers."""
     if batch <= 2:
-        return LinearTile(16, 256, batch, 4)
-    return LinearTile(64, 128, max(16, triton.next_power_of_2(batch)), 4)
+        return LinearTile(32, 128, batch, 4) if tiles else LinearTile(16, 256, batch, 4)
+    return LinearTile(64, 128, max(16, triton.next_power_of_2(batch)), 4 if number == BF16.value else 8)
 
 
 @triton.jit
@@ -58,22 +70,14 @@ def as_numbers(bits, NUMBER: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def weight_pairs(table, codes, bytes0, bits, r, pair, K, numel, NUMBER: tl.constexpr, TILES: tl.constexpr):
-    """(even, odd): bit patterns [rows, pairs] of columns 2 pair and 2 pair + 1 of rows r; zeros beyond the last column."""
-    keep = (pair < K // 2)[None, :] & (r >= 0)[:, None]
-    row = wide(r)
-    if TILES:
-        group = row // 16 * (K // 128) * 16  # of the first unit of the row's band: a unit has 16 groups
-        place = (pair // 64)[None, :] * UNIT_PAIRS + pair_in_unit((r % 16)[:, None], (pair % 64)[None, :])
-    else:
-        group = row * K // 128
-        place = ((row * K - group * 128) // 2).to(tl.int32)[:, None] + pair[None, :]
-    codes += (group * 56)[:, None]
+def pairs_from(table, codes, bytes0, bits, group, place, keep, numel, NUMBER: tl.constexpr):
+    """Both bit patterns of the pairs `place` behind the groups `group` [rows, 1]."""
+    codes += group * 56
     if bytes0 is not None:
-        bytes0 += (group * 64)[:, None]
+        bytes0 += group * 64
     local, size = place, place  # what only bit planes need
     if NUMBER == FP16:
-        p = (group * 64)[:, None] + place
+        p = group * 64 + place
         block = p // PAIRS
         bits += block * (3 * BLOCK // 8)
         local = (p - block * PAIRS).to(tl.int32)
@@ -81,13 +85,35 @@ def weight_pairs(table, codes, bytes0, bits, r, pair, K, numel, NUMBER: tl.const
     return decoded_pair(table, codes, bytes0, None, None, bits, place, local, size, keep, NUMBER)
 
 
+@triton.jit
+def weight_pairs(table, codes, bytes0, bits, row, column, R, K, numel, NUMBER: tl.constexpr, TILES: tl.constexpr,
+                 BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """(even, odd): columns column + 2 j and column + 2 j + 1 [BM, BK / 2] of the rows from `row` on, zeros beyond the last."""
+    if TILES:  # BK is 128, so all columns are there
+        band = wide(tl.minimum(row // 16 + tl.arange(0, BM // 16), R // 16 - 1))
+        group = (band * (K // 128) + column // 128) * 16  # of a unit's 16
+        place = tl.arange(0, UNIT_PAIRS)[None, :]
+        keep = tl.full([BM // 16, UNIT_PAIRS], 1, tl.int1)
+        even, odd = pairs_from(table, codes, bytes0, bits, group[:, None], place, keep, numel, NUMBER)
+        even, odd = matrix_of(as_numbers(even, NUMBER, DTYPE), BM), matrix_of(as_numbers(odd, NUMBER, DTYPE), BM)
+    else:
+        first = wide(tl.minimum(row + tl.arange(0, BM), R - 1)) * K + column
+        group = first // 128
+        pair = tl.arange(0, BK // 2)
+        place = ((first - group * 128) // 2).to(tl.int32)[:, None] + pair[None, :]
+        keep = (column // 2 + pair < K // 2)[None, :] & (place >= 0)
+        even, odd = pairs_from(table, codes, bytes0, bits, group[:, None], place, keep, numel, NUMBER)
+        even, odd = as_numbers(even, NUMBER, DTYPE), as_numbers(odd, NUMBER, DTYPE)
+    return even, odd
+
+
 @triton.jit(do_not_specialize=["R", "steps", "numel"])
 def lossless_linear_kernel(x, table, codes, bytes0, bits, partial, M, R, K, stride, steps, numel, NUMBER: tl.constexpr,
                            TILES: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
                            BATCH: tl.constexpr):  # fmt: skip
     """partial [splits, M, R]: program (tile, s) multiplies `steps` blocks of columns of BM rows with all rows of x."""
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    inside = tl.minimum(r, R - 1)
+    row = tl.program_id(0) * BM
+    r = row + tl.arange(0, BM)
     out = partial + wide(tl.program_id(1)) * M * R + r
     k = tl.arange(0, BK // 2)
     begin = tl.program_id(1) * steps * BK
@@ -97,8 +123,9 @@ def lossless_linear_kernel(x, table, codes, bytes0, bits, partial, M, R, K, stri
         acc1 = acc0
         for column in range(begin, end, BK):
             pair = column // 2 + k
-            even, odd = weight_pairs(table, codes, bytes0, bits, inside, pair, K, numel, NUMBER, TILES)
-            even, odd = as_numbers(even, NUMBER, tl.float32), as_numbers(odd, NUMBER, tl.float32)
+            even, odd = weight_pairs(
+                table, codes, bytes0, bits, row, column, R, K, numel, NUMBER, TILES, BM, BK, tl.float32
+            )
             keep = pair < K // 2
             at = x + 2 * pair
             acc0 += even * tl.load(at, mask=keep, other=0.0).to(tl.float32)[None, :]
@@ -114,13 +141,11 @@ def lossless_linear_kernel(x, table, codes, bytes0, bits, partial, M, R, K, stri
         acc = tl.zeros([BM, BATCH], tl.float32)
         for column in range(begin, end, BK):
             pair = column // 2 + k
-            even, odd = weight_pairs(table, codes, bytes0, bits, inside, pair, K, numel, NUMBER, TILES)
+            even, odd = weight_pairs(table, codes, bytes0, bits, row, column, R, K, numel, NUMBER, TILES, BM, BK, DTYPE)
             at = x + wide(m)[None, :] * stride + 2 * pair[:, None]
             keep = (pair < K // 2)[:, None] & (m < M)[None, :]
-            acc = tl.dot(as_numbers(even, NUMBER, DTYPE), tl.load(at, mask=keep, other=0.0).to(DTYPE), acc,
-                         input_precision="ieee")  # fmt: skip
-            acc = tl.dot(as_numbers(odd, NUMBER, DTYPE), tl.load(at + 1, mask=keep, other=0.0).to(DTYPE), acc,
-                         input_precision="ieee")  # fmt: skip
+            acc = tl.dot(even, tl.load(at, mask=keep, other=0.0).to(DTYPE), acc, input_precision="ieee")
+            acc = tl.dot(odd, tl.load(at + 1, mask=keep, other=0.0).to(DTYPE), acc, input_precision="ieee")
         tl.store(out[:, None] + wide(m)[None, :] * R, acc, mask=(r < R)[:, None] & (m < M)[None, :])
 
 
@@ -167,17 +192,17 @@ def combine_kernel(x, partial, bias, offsets, positions, values, y, M, R, K, str
 
 def takes(p: Plan, x: Tensor) -> bool:
     """Whether the fused kernel reads this blob and so many rows: what it does not is decoded and multiplied."""
-    return (
-        p.codec == 1 and p.number in (BF16.value, FP16.value) and p.columns % 2 == 0 and 0 < x.shape[0] <= MOST_ROWS
-    )
+    return p.codec == 1 and p.number in (BF16.value, FP16.value) and p.columns % 2 == 0 and 0 < x.shape[0] <= MOST_ROWS
 
 
-def lossless_linear(x: Tensor, p: Plan, bias: Tensor | None, *, tile: LinearTile | None = None, splits: int = 0) -> Tensor:
+def lossless_linear(
+    x: Tensor, p: Plan, bias: Tensor | None, *, tile: LinearTile | None = None, splits: int = 0
+) -> Tensor:
     """y [M, R] of x [M, K]."""
     x = x if x.stride(1) == 1 else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     m, (r, k) = x.shape[0], p.plan[4:6]
-    tile = tile or default_tile(m)
+    tile = tile or default_tile(m, p.tiles, p.number)
     tiles, steps = triton.cdiv(r, tile.rows), triton.cdiv(k, tile.columns)
     each = triton.cdiv(steps, min(splits or max(1, PROGRAMS // tiles), steps))
     splits = triton.cdiv(steps, each)

@@ -144,15 +144,15 @@ def decoded_pair(table, codes, bytes0, bytes1, bytes2, bits, p, in_block, plane_
 
 
 @triton.jit
-def pair_in_unit(row, column_pair):
-    """Where in a unit of 16 x 128 the `tiles` layout puts the pair in columns 2 column_pair and 2 column_pair + 1."""
-    lane = (row & 7) * 4 + (column_pair & 3)
-    return lane * 32 + (column_pair >> 3) * 4 + (column_pair >> 2 & 1) * 2 + (row >> 3)
+def matrix_of(units, ROWS: tl.constexpr):
+    """[ROWS, 64]: units of 16 x 64 pairs, each in the order of the `tiles` layout, one below the other."""
+    parts = tl.reshape(units, [ROWS // 16, 8, 4, 8, 2, 2])  # unit, g, t, i, column half, row half
+    return tl.reshape(tl.permute(parts, (0, 5, 1, 3, 4, 2)), [ROWS, 64])
 
 
 @triton.jit
 def place_in_unit(q):
-    """The other way round: (row, pair of columns)."""
+    """The row and the pair of columns of a unit's q-th pair."""
     lane = q >> 5
     return (lane >> 2) + 8 * (q & 1), (q >> 2 & 7) * 8 + (q >> 1 & 1) * 4 + (lane & 3)
 

@@ -8,6 +8,9 @@
 #include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
+// GCC 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for mistakes of ours.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 namespace fastloss {
@@ -90,8 +93,8 @@ __attribute__((target(FASTLOSS_CRC))) uint32_t update_words(uint32_t crc, const 
 __attribute__((target(FASTLOSS_CRC), always_inline)) inline __m128i fold(__m128i a, __m128i by, __m128i next) {
   return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(a, by, 0x00), _mm_clmulepi64_si128(a, by, 0x11)), next);
 }
-__attribute__((target(FASTLOSS_CRC), always_inline)) inline __m128i factors128(int64_t bits) {
-  const Factors f = factors(bits);
+template <int64_t bits> __attribute__((target(FASTLOSS_CRC), always_inline)) inline __m128i factors128() {
+  constexpr Factors f = factors(bits);
   return _mm_set_epi64x(f.high, f.low);
 }
 __attribute__((target(FASTLOSS_CRC), always_inline)) inline __m128i load128(const uint8_t *p) {
@@ -99,8 +102,7 @@ __attribute__((target(FASTLOSS_CRC), always_inline)) inline __m128i load128(cons
 }
 // The remainder of 16 bytes.
 __attribute__((target(FASTLOSS_CRC), always_inline)) inline uint32_t remainder(__m128i a) {
-  return uint32_t(
-      _mm_crc32_u64(_mm_crc32_u64(0, uint64_t(_mm_cvtsi128_si64(a))), uint64_t(_mm_extract_epi64(a, 1))));
+  return uint32_t(_mm_crc32_u64(_mm_crc32_u64(0, uint64_t(_mm_cvtsi128_si64(a))), uint64_t(_mm_extract_epi64(a, 1))));
 }
 
 __attribute__((target(FASTLOSS_CRC))) uint32_t update_pclmul(uint32_t crc, const uint8_t *data, int64_t bytes) {
@@ -109,7 +111,7 @@ __attribute__((target(FASTLOSS_CRC))) uint32_t update_pclmul(uint32_t crc, const
     __m128i sums[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = load128(data + 16 * v);
     sums[0] = _mm_xor_si128(sums[0], _mm_cvtsi32_si128(int(crc)));
-    const __m128i by = factors128(128 * kVectors), one = factors128(128);
+    const __m128i by = factors128<128 * kVectors>(), one = factors128<128>();
     for (bytes -= 16 * kVectors, data += 16 * kVectors; bytes >= 16 * kVectors;
          bytes -= 16 * kVectors, data += 16 * kVectors)
       for (int v = 0; v < kVectors; ++v) sums[v] = fold(sums[v], by, load128(data + 16 * v));
@@ -131,16 +133,16 @@ __attribute__((target(FASTLOSS_CRC512))) uint32_t update_vpclmul(uint32_t crc, c
   __m512i sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_loadu_si512(data + 64 * v);
   sums[0] = _mm512_xor_si512(sums[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(int(crc))));
-  const __m512i by = _mm512_broadcast_i32x4(factors128(512 * kVectors));
+  const __m512i by = _mm512_broadcast_i32x4(factors128<512 * kVectors>());
   for (bytes -= 64 * kVectors, data += 64 * kVectors; bytes >= 64 * kVectors;
        bytes -= 64 * kVectors, data += 64 * kVectors)
     for (int v = 0; v < kVectors; ++v) sums[v] = fold(sums[v], by, _mm512_loadu_si512(data + 64 * v));
-  const __m512i one = _mm512_broadcast_i32x4(factors128(512));
+  const __m512i one = _mm512_broadcast_i32x4(factors128<512>());
   for (int v = 1; v < kVectors; ++v) sums[v] = fold(sums[v - 1], one, sums[v]);
   alignas(64) uint8_t last[64];
   _mm512_store_si512(last, sums[kVectors - 1]);
   __m128i sum = load128(last);
-  for (int v = 1; v < 4; ++v) sum = fold(sum, factors128(128), load128(last + 16 * v));
+  for (int v = 1; v < 4; ++v) sum = fold(sum, factors128<128>(), load128(last + 16 * v));
   return update_pclmul(remainder(sum), data, bytes);
 }
 

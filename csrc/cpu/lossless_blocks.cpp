@@ -10,7 +10,7 @@ namespace fastloss {
 
 namespace {
 
-constexpr int64_t kChunk = 4096; // numbers whose fields stay in L1 between look-up and merge
+constexpr int64_t kChunk = 512; // numbers whose fields stay in L1 between look-up and merge
 
 alignas(64) constexpr uint8_t kZeros[kChunk] = {}; // a plane that is not stored
 
@@ -25,8 +25,22 @@ DecodeLoops decode_loops_for(int isa) {
 }
 
 // Section offsets are signed when they are compared: what is negative is 0.
-int64_t clamped(uint64_t offset, int64_t most) {
-  return std::min(std::max(int64_t(offset), int64_t(0)), most);
+int64_t clamped(uint64_t offset, int64_t most) { return std::min(std::max(int64_t(offset), int64_t(0)), most); }
+
+// Always inlined: GCC drops calls of a function that does nothing but prefetch.
+__attribute__((always_inline)) inline void ask(const uint8_t *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// While a decoded block is checked and written past the cache, nothing is read that the processor's own prefetchers
+// could follow: ask for the sections of the next one.
+__attribute__((always_inline)) inline void ask_ahead(const Compressed &c, int64_t first, int64_t count) {
+  const int64_t bit_planes = kSplits[c.number].bit_planes;
+  if (first + count > c.numel) return;
+  if (c.codec == kP7) ask(c.codes + first / kLosslessGroup * kP7GroupBytes, count / kLosslessGroup * kP7GroupBytes);
+  for (const uint8_t *plane : c.bytes)
+    if (plane) ask(plane + first, count);
+  if (bit_planes) ask(c.bits + first / 8 * bit_planes, count / 8 * bit_planes);
 }
 
 } // namespace
@@ -63,6 +77,7 @@ void LosslessBlocks::decode_groups(int64_t block, int64_t at, const uint8_t *cod
     const int64_t some = std::min(kChunk, from + count - i);
     const uint8_t *next = coded + at * kLosslessBlock + i; // in the next coded plane
     NumberPlanes planes = {};
+    if (ahead) ask_ahead(c, first + kLosslessBlock + i, some);
     if (c.codec == kP7) {
       loops_.p7_fields(c.table, c.codes + (first + i) / kLosslessGroup * kP7GroupBytes, some / kLosslessGroup, fields);
       planes.field = fields;

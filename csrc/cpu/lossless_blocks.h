@@ -19,6 +19,7 @@ struct NumberPlanes {
 
 struct DecodeLoops {
   void (*p7_fields)(const uint8_t *table, const uint8_t *codes, int64_t groups, uint8_t *fields);
+  void (*stream_copy)(const uint8_t *from, int64_t bytes, uint8_t *out);
   void (*merge[5])(const NumberPlanes &from, int64_t count, uint8_t *out); // by Number; count: whole groups
 };
 
@@ -46,6 +47,7 @@ public:
 
   const Compressed &c;
   const int64_t item, count; // bytes of a number; number of blocks
+  bool ahead = false;        // ask memory for the next block's sections while one is decoded
 
   // How many blocks are taken at once, and the room that their coded planes want.
   int64_t together() const { return c.codec == kR8 ? kRansBlocks : 1; }
@@ -58,7 +60,7 @@ public:
   // Numbers from..to of `block`, the `at`-th of those whose planes are in `coded`, in the order of the sequence.
   void decode(int64_t block, int64_t at, const uint8_t *coded, int64_t from, int64_t to, uint8_t *out) const;
 
-  int isa() const { return isa_; }
+  void stream_copy(const uint8_t *from, int64_t bytes, uint8_t *out) const { loops_.stream_copy(from, bytes, out); }
 
 private:
   int isa_;

@@ -1,9 +1,13 @@
 // docs/design.md, "The lossless contract": a task is a block, or as many as a coded plane decodes side by side.
 #include "lossless_decode.h"
 #include "crc32c.h"
+#include "huge_pages.h"
 #include "lossless_blocks.h"
 
 #include <atomic>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 namespace fastloss {
 namespace {
@@ -30,38 +34,49 @@ void each_block(const LosslessBlocks &blocks, const ThreadRoom &rooms, int threa
                 const Body &body) {
   const int64_t begin = first / kLosslessBlock, end = lossless_blocks(first + count), together = blocks.together();
   const int64_t tasks = (end - begin + together - 1) / together;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int thread = omp_get_thread_num();
-    const int64_t block = begin + task * together, some = std::min(together, end - block);
-    uint8_t *coded = rooms.of(thread);
-    blocks.decode_coded(block, some, coded);
-    for (int64_t at = 0; at < some; ++at) {
-      const int64_t start = (block + at) * kLosslessBlock;
-      body(block + at, at, coded, std::max<int64_t>(first - start, 0),
-           std::min(first + count - start, blocks.numbers(block + at)), thread);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int thread = omp_get_thread_num();
+      const int64_t block = begin + task * together, some = std::min(together, end - block);
+      uint8_t *coded = rooms.of(thread);
+      blocks.decode_coded(block, some, coded);
+      for (int64_t at = 0; at < some; ++at) {
+        const int64_t start = (block + at) * kLosslessBlock;
+        body(block + at, at, coded, std::max<int64_t>(first - start, 0),
+             std::min(first + count - start, blocks.numbers(block + at)), thread);
+      }
     }
+#ifdef __x86_64__
+    _mm_sfence(); // before anyone reads what passed the cache by
+#endif
   }
 }
 
 // The same with the numbers in their place; then(block, bytes, size) sees those of each block in the order of the
-// sequence while they are hot in cache.
+// sequence while they are hot in cache. Results that would push everything else out of the cache pass it by, a whole
+// block after its escapes are in. Without `out` nothing is kept.
 template <class Then>
-void decode_all(const LosslessBlocks &blocks, int64_t first, int64_t count, uint8_t *out, const Then &then) {
+void decode_all(LosslessBlocks blocks, int64_t first, int64_t count, uint8_t *out, const Then &then) {
   if (!count) return;
   const Compressed &c = blocks.c;
-  const int64_t item = blocks.item, tasks = lossless_blocks(count) + 1;
-  const int threads = blocks.threads(count, tasks);
-  const bool tiles = c.layout == kLayoutTiles;
-  const ThreadRoom coded(threads, blocks.room()), sequence(threads, tiles ? kLosslessBlock * item : 0);
+  const int64_t item = blocks.item, across = c.columns / kTileColumns;
+  const int threads = blocks.threads(count, lossless_blocks(count) + 1);
+  const bool tiles = c.layout == kLayoutTiles, stream = out && !tiles && count * item > kStreamed;
+  const bool staged = tiles || stream || !out;
+  blocks.ahead = count * item > kStreamed;
+  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(count * item));
+  const ThreadRoom coded(threads, blocks.room()), rooms(threads, staged ? kLosslessBlock * item : 0);
   each_block(blocks, coded, threads, first, count,
              [&](int64_t block, int64_t at, const uint8_t *planes, int64_t from, int64_t to, int thread) {
-               const int64_t start = block * kLosslessBlock - first;
-               uint8_t *room = tiles ? sequence.of(thread) : out + (start + from) * item;
+               const int64_t place = block * kLosslessBlock + from - first, bytes = (to - from) * item;
+               uint8_t *room = staged ? rooms.of(thread) : out + place * item;
                blocks.decode(block, at, planes, from, to, room);
-               then(block, room, (to - from) * item);
-               for (int64_t i = from; tiles && i < to; i += kTile, room += kTile * item) {
-                 const int64_t unit = (start + i) / kTile, across = c.columns / kTileColumns;
+               then(block, room, bytes);
+               if (stream) blocks.stream_copy(room, bytes, out + place * item);
+               if (!tiles || !out) return;
+               for (int64_t unit = place / kTile; unit < (place + to - from) / kTile; ++unit, room += kTile * item) {
                  uint8_t *corner = out + (unit / across * kTileRows * c.columns + unit % across * kTileColumns) * item;
                  if (item == 2) write_tile<uint32_t>(room, c.columns, corner);
                  else write_tile<uint64_t>(room, c.columns, corner);
@@ -80,7 +95,8 @@ int64_t lossless_decode_checked_cpu(const Compressed &c, int item, uint8_t *out,
   std::atomic<int64_t> bad{c.numel};
   decode_all(LosslessBlocks(c, item, isa), 0, c.numel, out, [&](int64_t block, const uint8_t *bytes, int64_t size) {
     if (crc.of(bytes, size) == c.block_crc[block]) return;
-    for (int64_t known = bad; block < known && !bad.compare_exchange_weak(known, block);) {}
+    for (int64_t known = bad; block < known && !bad.compare_exchange_weak(known, block);) {
+    }
   });
   return bad == c.numel ? -1 : bad.load();
 }

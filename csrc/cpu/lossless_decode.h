@@ -8,7 +8,7 @@ namespace fastloss {
 // 16 rows.
 void lossless_decode_cpu(const Compressed &c, int item, int64_t first, int64_t count, uint8_t *out, int isa);
 
-// All numbers; the first block whose checksum is wrong, or -1.
+// All numbers, or with a null `out` none: they are only checked. The first block whose checksum is wrong, or -1.
 int64_t lossless_decode_checked_cpu(const Compressed &c, int item, uint8_t *out, int isa);
 
 // Rows of the matrix (layout rows). Returns the first place of an index that is no row, or -1; then nothing is written.

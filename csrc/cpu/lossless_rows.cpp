@@ -28,7 +28,8 @@ void by_row(const Rows &rows) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t place = 0; place < rows.count; ++place) {
     const int64_t first = rows.index[place] * rows.columns;
-    for (int64_t b = first / kLosslessBlock; b < lossless_blocks(first + rows.columns); ++b) rows.copy(place, b, 0, nullptr);
+    for (int64_t b = first / kLosslessBlock; b < lossless_blocks(first + rows.columns); ++b)
+      rows.copy(place, b, 0, nullptr);
   }
 }
 
@@ -64,9 +65,8 @@ void by_block(const Rows &rows) {
     blocks.decode_coded(touched[begin], int64_t(end - begin), coded);
     for (size_t i = begin; i < end; ++i) {
       const int64_t start = touched[i] * kLosslessBlock, stop = start + kLosslessBlock;
-      auto place = std::partition_point(order.begin(), order.end(), [&](int64_t p) {
-        return (rows.index[p] + 1) * rows.columns <= start;
-      });
+      auto place = std::partition_point(order.begin(), order.end(),
+                                        [&](int64_t p) { return (rows.index[p] + 1) * rows.columns <= start; });
       for (; place != order.end() && rows.index[*place] * rows.columns < stop; ++place)
         rows.copy(*place, touched[i], int64_t(i - begin), coded);
     }

@@ -30,6 +30,5 @@ SplitParts parts_of_block(const ByteSplit &args, int64_t block, uint8_t *field);
 
 // isa as in cpu.h.
 void byte_split_cpu(const ByteSplit &args, int isa);
-void byte_histogram_cpu(const uint8_t *plane, int64_t numel, int64_t *counts);
 
 } // namespace fastloss

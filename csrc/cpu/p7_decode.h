@@ -32,14 +32,15 @@ namespace avx2 {
 // 128 entries by look-ups of 16: entry c is the exclusive or of steps[t][c - 16 t] over all t with c >= 16 t, since a
 // shuffle makes 0 of a negative index.
 struct Lookup128 {
-  __m128i steps[8];
+  Bytes steps[8]; // the 16 of each in both halves
 };
 FASTLOSS_WORD Lookup128 lookup_of(const uint8_t *entries) {
   Lookup128 lookup;
-  __m128i before = _mm_setzero_si128();
+  Bytes before = _mm256_setzero_si256();
   for (int t = 0; t < 8; ++t) {
-    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i *>(entries + 16 * t));
-    lookup.steps[t] = _mm_xor_si128(part, before);
+    const Bytes part =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(entries + 16 * t)));
+    lookup.steps[t] = _mm256_xor_si256(part, before);
     before = part;
   }
   return lookup;
@@ -47,8 +48,8 @@ FASTLOSS_WORD Lookup128 lookup_of(const uint8_t *entries) {
 // Eight codes in each half, as 16-bit numbers: a code lies within two neighbouring bytes, and a product moves it to
 // the top of these.
 FASTLOSS_WORD Bytes sixteen_codes(const uint8_t *codes) {
-  const Bytes places = _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4,
-                                        5, 5, 6, 6, 7);
+  const Bytes places =
+      _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7);
   const Bytes shifts = _mm256_setr_epi16(512, 4, 8, 16, 32, 64, 128, 256, 512, 4, 8, 16, 32, 64, 128, 256);
   const Bytes both = _mm256_set_m128i(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes + 7)),
                                       _mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes)));
@@ -62,9 +63,8 @@ p7_fields(const uint8_t *table, const uint8_t *codes, int64_t groups, uint8_t *f
     Bytes code = _mm256_packus_epi16(sixteen_codes(codes), sixteen_codes(codes + 14)); // codes 0..7, 16..23 | 8.., 24..
     Bytes first = _mm256_setzero_si256(), second = first;
     for (int t = 0; t < 8; ++t, code = _mm256_sub_epi8(code, all_bytes(16))) {
-      const Bytes a = _mm256_broadcastsi128_si256(firsts.steps[t]), b = _mm256_broadcastsi128_si256(seconds.steps[t]);
-      first = _mm256_xor_si256(first, _mm256_shuffle_epi8(a, code));
-      second = _mm256_xor_si256(second, _mm256_shuffle_epi8(b, code));
+      first = _mm256_xor_si256(first, _mm256_shuffle_epi8(firsts.steps[t], code));
+      second = _mm256_xor_si256(second, _mm256_shuffle_epi8(seconds.steps[t], code));
     }
     store_bytes(fields, _mm256_unpacklo_epi8(first, second));
     store_bytes(fields + kBytes, _mm256_unpackhi_epi8(first, second));
@@ -75,10 +75,10 @@ p7_fields(const uint8_t *table, const uint8_t *codes, int64_t groups, uint8_t *f
 
 namespace avx512vbmi {
 // Byte 8 q + k: where the k-th of the 7 bytes of codes 8 q .. 8 q + 7 lies.
-alignas(64) constexpr uint8_t kSevens[64] = {
-    0,  1,  2,  3,  4,  5,  6,  7,  7,  8,  9,  10, 11, 12, 13, 14, 14, 15, 16, 17, 18, 19,
-    20, 21, 21, 22, 23, 24, 25, 26, 27, 28, 28, 29, 30, 31, 32, 33, 34, 35, 35, 36, 37, 38,
-    39, 40, 41, 42, 42, 43, 44, 45, 46, 47, 48, 49, 49, 50, 51, 52, 53, 54, 55, 56};
+alignas(64) constexpr uint8_t kSevens[64] = {0,  1,  2,  3,  4,  5,  6,  7,  7,  8,  9,  10, 11, 12, 13, 14,
+                                             14, 15, 16, 17, 18, 19, 20, 21, 21, 22, 23, 24, 25, 26, 27, 28,
+                                             28, 29, 30, 31, 32, 33, 34, 35, 35, 36, 37, 38, 39, 40, 41, 42,
+                                             42, 43, 44, 45, 46, 47, 48, 49, 49, 50, 51, 52, 53, 54, 55, 56};
 
 [[maybe_unused]] __attribute__((target(FASTLOSS_AVX512_BYTES))) static void
 p7_fields(const uint8_t *table, const uint8_t *codes, int64_t groups, uint8_t *fields) {

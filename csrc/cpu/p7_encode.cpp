@@ -1,6 +1,7 @@
 // docs/design.md, "The lossless contract": P7's histogram and encoder. A block is split, then its codes are looked up,
 // then what escaped is taken out of the planes; all of it in the first-level cache.
 #include "p7_encode.h"
+#include "crc32c.h"
 #include "encoder_blocks.h"
 #include "p7_codes.h"
 
@@ -71,6 +72,8 @@ public:
       run.any[p] = run.any[p] || any_byte(parts_.bytes[p], lossless_padded(count_));
   }
 
+  uint32_t checksum(const Crc32c &crc) const { return crc.of(x_, count_ * bytes_); }
+
 private:
   const P7Encode &args_;
   const int number_, bytes_;
@@ -135,12 +138,15 @@ Escapes p7_encode_cpu(const P7Encode &args, int isa) {
   const SplitGroups split = split_groups_for(args.split.number, isa);
   const PairCodes codes(args.table);
   const EncodeGroups encode = encode_groups_for(codes, isa);
+  const Crc32c crc(isa);
   Escapes escapes;
   escapes.runs.resize(size_t(runs_of_blocks(numel)));
   each_run_of_blocks(numel, [&](int run, int64_t first, int64_t last) {
     Escapes::Run &found = escapes.runs[size_t(run)];
     for (int64_t b = first; b < last; ++b) {
-      EncodedBlock(args, b).encode(split, codes, encode, found);
+      EncodedBlock block(args, b);
+      block.encode(split, codes, encode, found);
+      if (args.crc) args.crc[b] = block.checksum(crc);
       args.offsets[b + 1] = found.positions.size(); // within the run
     }
   });

@@ -33,6 +33,7 @@ struct P7Encode {
   const uint8_t *table; // [256], section TABLE
   uint8_t *codes;
   uint64_t *offsets; // [blocks + 1]
+  uint32_t *crc;     // [blocks], section BLOCK_CRC; null: not wanted
 };
 
 // isa as in cpu.h.

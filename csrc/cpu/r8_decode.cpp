@@ -1,6 +1,7 @@
 // docs/design.md, "The lossless contract": R8 decoded with 32 lanes a block, the cursor clamped after each step.
 #include "r8_decode.h"
 #include "bit_blocks.h"
+#include "r8_decode_avx2.h"
 #include "r8_decode_avx512.h"
 #include "r8_streams.h"
 
@@ -43,6 +44,7 @@ void r8_decode_blocks(const RansPlane &plane, int64_t numel, int64_t first_block
   for (int64_t b = 0; b < count; ++b) streams[b] = stream_of(plane, numel, first_block + b);
 #ifdef __x86_64__
   if (level >= kAvx512 && has_byte_look_ups()) avx512::decode(table, streams, int(count), out);
+  else if (level >= kAvx2) avx2::decode(table, streams, int(count), out);
   else
 #endif
     for (int64_t b = 0; b < count; ++b) scalar::decode(table, streams[b], out + b * kLosslessBlock);

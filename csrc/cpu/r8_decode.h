@@ -6,7 +6,7 @@
 namespace fastloss {
 
 // Blocks that are decoded side by side: enough independent streams to hide the latency of one.
-constexpr int64_t kRansBlocks = 4;
+constexpr int64_t kRansBlocks = 8;
 
 // The bytes of blocks first_block .. first_block + count (1 .. kRansBlocks) of a plane of `numel` bytes, to `out`
 // [count][kLosslessBlock], aligned to 64 bytes; beyond the plane's steps zeros. Whatever the plane holds, it reads only

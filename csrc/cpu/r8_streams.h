@@ -40,12 +40,14 @@ struct RansStream {
 };
 
 RansStream stream_of(const RansPlane &plane, int64_t numel, int64_t block) {
-  const uint64_t size = uint64_t(plane.data_bytes);
-  const uint64_t begin = std::min(plane.offsets[block], size);
-  const uint64_t end = std::max(std::min(plane.offsets[block + 1], size), begin);
+  const auto clamped = [&](uint64_t offset) { // a negative one is 0
+    return std::min(std::max<int64_t>(int64_t(offset), 0), plane.data_bytes);
+  };
+  const int64_t begin = clamped(plane.offsets[block]);
+  const int64_t end = std::max(clamped(plane.offsets[block + 1]), begin);
   const int64_t numbers = std::min(kLosslessBlock, numel - block * kLosslessBlock);
   const uint8_t *first = plane.data + begin, *last = plane.data + end;
-  const uint8_t *bytes = first + std::min<uint64_t>(end - begin, 2 * kRansLanes);
+  const uint8_t *bytes = first + std::min<int64_t>(end - begin, 2 * kRansLanes);
   return {first, last, bytes, last, (numbers + kRansLanes - 1) / kRansLanes};
 }
 

@@ -37,6 +37,7 @@ FASTLOSS_WORD Bytes load_bytes(const uint8_t *p) {
   return a;
 }
 FASTLOSS_WORD void store_bytes(uint8_t *p, Bytes a) { memcpy(p, &a, sizeof a); }
+FASTLOSS_WORD void stream_bytes(uint8_t *p, Bytes a) { store_bytes(p, a); } // past the cache; p is a multiple of kBytes
 FASTLOSS_WORD Bytes all_bytes(uint8_t a) { return a * 0x0101010101010101u; }
 FASTLOSS_WORD Bytes and_bytes(Bytes a, Bytes b) { return a & b; }
 FASTLOSS_WORD Bytes or_bytes(Bytes a, Bytes b) { return a | b; }
@@ -75,6 +76,7 @@ constexpr int64_t kBytes = 32;
 typedef __m256i Bytes;
 FASTLOSS_WORD Bytes load_bytes(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
 FASTLOSS_WORD void store_bytes(uint8_t *p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a); }
+FASTLOSS_WORD void stream_bytes(uint8_t *p, Bytes a) { _mm256_stream_si256(reinterpret_cast<__m256i *>(p), a); }
 FASTLOSS_WORD Bytes all_bytes(uint8_t a) { return _mm256_set1_epi8(char(a)); }
 FASTLOSS_WORD Bytes and_bytes(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
 FASTLOSS_WORD Bytes or_bytes(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
@@ -121,6 +123,7 @@ constexpr int64_t kBytes = 64;
 typedef __m512i Bytes;
 FASTLOSS_WORD Bytes load_bytes(const uint8_t *p) { return _mm512_loadu_si512(p); }
 FASTLOSS_WORD void store_bytes(uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a); }
+FASTLOSS_WORD void stream_bytes(uint8_t *p, Bytes a) { _mm512_stream_si512(reinterpret_cast<__m512i *>(p), a); }
 FASTLOSS_WORD Bytes all_bytes(uint8_t a) { return _mm512_set1_epi8(char(a)); }
 FASTLOSS_WORD Bytes and_bytes(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
 FASTLOSS_WORD Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }

@@ -219,6 +219,10 @@ def r8_encode_cuda(
 def r8_move_cuda(
     *, scratch: int, numel: int, literals: int, offsets: int, data: int, device: int, stream: int
 ) -> None: ...  # fmt: skip
+def dfloat11_decode_cuda(
+    *, luts: int, tables: int, codes: int, code_bytes: int, sign_mantissa: int, output_positions: int, gaps: int,
+    gap_bytes: int, out: int, numel: int, threads: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
 
 class FakeQuant:
     """csrc/cpu/fake_quant.h"""
@@ -283,3 +287,26 @@ class RansPayloads:
     def copy_to(self, data: int) -> None: ...
 
 def r8_encode_cpu(*, plane: int, frequencies: int, numel: int, offsets: int, isa: int) -> RansPayloads: ...
+def dfloat11_decode_cpu(
+    *, luts: int, tables: int, codes: int, code_bytes: int, sign_mantissa: int, positions: int, gaps: int, numel: int,
+    blocks: int, bytes_per_thread: int, threads_per_block: int, out: int,
+) -> int: ...  # fmt: skip
+
+class Escapes:
+    """csrc/cpu/p7_encode.h"""
+
+    @property
+    def count(self) -> int: ...
+    def any(self, plane: int) -> bool: ...
+    def write(self, *, positions: int, values: int) -> None: ...
+
+def p7_histogram_cpu(*, x: int, number: int, numel: int, counts: int, isa: int) -> None: ...
+def p7_encode_cpu(
+    *, x: int, number: int, numel: int, table: int, codes: int, planes: list[int], bits: int, offsets: int,
+    block_crc: int, isa: int,
+) -> Escapes: ...  # fmt: skip
+def byte_split_cpu(
+    *, x: int, number: int, numel: int, field: int, planes: list[int], bits: int, isa: int
+) -> None: ...  # fmt: skip
+def byte_histogram_cpu(*, plane: int, numel: int, counts: int, isa: int) -> None: ...
+def lossless_linear_cpu(*, blob: int, plan: list[int], x: int, n: int, bias: int, out: int, isa: int) -> bool: ...

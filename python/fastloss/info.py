@@ -146,7 +146,8 @@ def kernels() -> list[dict[str, str]]:
     import torch
 
     from fastloss import registry
-    from fastloss.quant import selftest
+    from fastloss.lossless import selftest as lossless_selftest
+    from fastloss.quant import selftest as quant_selftest
 
     table = []
     for device in devices():
@@ -157,8 +158,9 @@ def kernels() -> list[dict[str, str]]:
                 arguments = getattr(torch.ops.fastloss, op).default._schema.arguments
                 unknown = [a.name for a in arguments if a.name not in example and not _optional(a)]
                 values = [example.get(a.name, a.default_value if a.has_default_value() else None) for a in arguments]
-                if op in selftest.OPS:
-                    values, unknown = list(selftest.arguments(op, common["x"], common["w"])), []
+                for selftest in (lossless_selftest, quant_selftest):
+                    if op in selftest.OPS:
+                        values, unknown = list(selftest.arguments(op, common["x"], common["w"])), []
                 for backend in registry.BACKENDS:
                     kernel = registry._kernels[op].get(backend)
                     if kernel is None:

@@ -15,6 +15,7 @@ import fastloss
 from . import registry
 from .contract import NUM_EPILOGUES
 from .info import CLASSES, DTYPES, FEATURES, ROWS, devices, guarded
+from .lossless import selftest as lossless_selftest
 from .pairs import selftest as pairs_selftest
 from .quant import selftest as quant_selftest
 from .reference import epilogue_coefficients
@@ -103,12 +104,16 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]]:
         "linear_cross_entropy": (
             ("linear_cross_entropy",), graded(lambda x, w, t: head(x, w, t, reduction="sum"))
         ),
-        **{name: (ops, graded(loss)) for name, (ops, loss) in (pairs_selftest.cases() | quant_selftest.cases()).items()},
+        **{
+            name: (ops, graded(loss))
+            for selftest in (pairs_selftest, quant_selftest, lossless_selftest)
+            for name, (ops, loss) in selftest.cases().items()
+        },
     }  # fmt: skip
 
 
 #: The first op of a case says what it takes: of these x [N, D] and w [V, D], of the others the logits.
-TWO_OPERANDS = ("linear", "pair_", "row_topk", "edge_", *quant_selftest.OPS)
+TWO_OPERANDS = ("linear", "pair_", "row_topk", "edge_", *quant_selftest.OPS, *lossless_selftest.OPS)
 
 
 def _worst(run: Callable[..., list[Any]], operands: Iterable[Any], target: Any) -> float:

@@ -76,7 +76,7 @@ def sources(patches: Sequence[Patch] = ()) -> dict[str, str]:
 def build(
     variant: str = "plain", patches: Sequence[Patch] = (), program: str | None = None, only: str | None = None
 ) -> Path:
-    """The shared library of the kernels (`only`: one kernel file, or one of GROUPS) and capi.cpp, or an executable of `program`."""
+    """The shared library of the kernels (`only`: a kernel file, or one of GROUPS) and capi.cpp, or an executable of `program`."""
     texts = sources(patches)
     own = HERE / f"{only}_capi.cpp"
     capi = own.name if own.exists() else "capi.cpp"
@@ -126,6 +126,8 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in (
         "c_bgemm",
+        "c_dfloat11",
+        "c_byte_split",
         "c_byte_histogram",
         "c_byte_split",
         "c_crc32c",

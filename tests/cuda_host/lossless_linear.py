@@ -1,6 +1,6 @@
 """Cases of lossless_linear on the host: a P7 encoder of its own, the kernel through ctypes, judged in fp64.
 
-`python -m cuda_host.lossless_linear LIBRARY [FAULT]` runs the small ones, with a planted fault (tests/lossless/test_cuda_linear.py).
+`python -m cuda_host.lossless_linear LIBRARY [FAULT]` runs the small ones, with a planted fault (test_cuda_linear_faults.py).
 """
 
 from __future__ import annotations

@@ -244,12 +244,17 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
         load_file(path)
 
 
-def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_failure_leaves_the_old_file(tmp_path: Path, moment: int) -> None:
+    """Interrupted while it is compressed, or while it is read back."""
     path, old = tmp_path / "x.safetensors", {"a": torch.ones(3)}
     save_file(old, path)
+    calls = []
 
     def interrupt(name: str, count: int) -> None:
-        raise KeyboardInterrupt
+        calls.append(name)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         save_file({"a": torch.zeros(3)}, path, verify=True, progress=interrupt)

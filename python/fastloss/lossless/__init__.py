@@ -7,6 +7,7 @@ from . import ops  # noqa: F401  (defines the ops)
 from .compress import compress, decompress
 from .compress_model import compress_model, decompress_model
 from .compressed_tensor import CompressedTensor
+from .dfloat11 import load_dfloat11
 from .errors import CorruptError, FormatError
 from .layers import CompressedEmbedding, CompressedLinear
 from .linear import compressed_linear
@@ -17,6 +18,6 @@ from .verify_file import verify_file
 
 __all__ = [
     "CompressedEmbedding", "CompressedLinear", "CompressedTensor", "CorruptError", "FormatError", "compress",
-    "compress_model", "compressed_linear", "decompress", "decompress_model", "load_file", "safe_open", "save_file",
-    "verify_file",
+    "compress_model", "compressed_linear", "decompress", "decompress_model", "load_dfloat11", "load_file", "safe_open",
+    "save_file", "verify_file",
 ]  # fmt: skip

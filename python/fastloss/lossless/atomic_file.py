@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +14,7 @@ try:
 except ImportError:  # not a POSIX system: there an open file cannot be removed, which serves as well
     fcntl = None  # type: ignore[assignment]
 
-_SUFFIX = ".partial"
+SUFFIX = ".partial"
 
 
 @contextlib.contextmanager
@@ -26,35 +26,40 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(path)
     _remove_stale(target)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent)
-    os.close(descriptor)
+    file = _create(target)
     try:
-        with open(name, "wb") as file:
-            if fcntl is not None:  # says that the writer lives; the system lets go of it when the process dies
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with file:
             yield file
             file.flush()
-            if hasattr(os, "fchmod"):
-                os.fchmod(file.fileno(), _mode(target))
+            if hasattr(os, "fchmod") and target.exists():
+                os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
             os.fsync(file.fileno())
-            if os.name == "posix":  # while the lock is held, or a cleaner could take it away
-                os.replace(name, target)
-        if os.name != "posix":  # open files have no new name there
-            os.replace(name, target)
+            if fcntl is not None:  # while the lock is held, or a cleaner could take it away
+                os.replace(file.name, target)
+        if fcntl is None:  # open files get no new name there
+            os.replace(file.name, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            os.unlink(file.name)
         raise
     _sync_folder(target.parent)
 
 
-def _mode(target: Path) -> int:
-    """The permissions that open() would have given, or those of the file that is replaced."""
-    with contextlib.suppress(OSError):
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that a writer has not finished, or never will."""
+    return name.startswith(".") and name.endswith(SUFFIX)
+
+
+def _create(target: Path) -> BinaryIO:
+    """A new file beside `target`, locked as long as its writer lives: the system lets go of it when the process dies."""
+    while True:
+        file = open(target.parent / f".{target.name}.{secrets.token_hex(4)}{SUFFIX}", "xb")
+        if fcntl is None:
+            return file
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):  # or a cleaner had the lock first
+            return file
+        file.close()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -69,10 +74,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _remove_stale(target: Path) -> None:
     for left in target.parent.iterdir():
-        if not (left.name.startswith(f".{target.name}.") and left.name.endswith(_SUFFIX)):
+        if not (left.name.startswith(f".{target.name}.") and is_temporary(left.name)):
             continue
         with contextlib.suppress(OSError):
-            if fcntl is not None:
-                with open(left, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its writer lives
-            left.unlink()
+            if fcntl is None:
+                left.unlink()
+                continue
+            with open(left, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its writer lives
+                left.unlink()

@@ -216,7 +216,10 @@ def _verify(arguments: argparse.Namespace) -> int:
                     original = original / file.relative_to(path)
                 packing.compare(_exists(original), file)
             if not damage:
-                _say(arguments, f"{file}: ok")
+                _say(
+                    arguments,
+                    f"{file}: ok" + ("" if packing.is_packed(file) else ", an ordinary file without checksums"),
+                )
     return code
 
 

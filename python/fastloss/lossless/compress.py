@@ -16,11 +16,14 @@ from .contract import (
     Codec,
     Layout,
     Section,
+    blocks_of,
     cost_bits,
+    entropy_bits,
     frequencies,
     has_tiles,
     pair_table,
 )
+from .cpp_encode import p7_encode_within, p7_sizes
 from .tiles import to_tiles
 
 CODECS = {"raw": Codec.RAW, "p7": Codec.P7, "r8": Codec.R8}
@@ -60,11 +63,12 @@ def compress(
                 f"got {chosen.name} of {list(tensor.shape)}"
             )
         flat = to_tiles(_integers(flat), tensor.shape[1]).view(tensor.dtype)
-    parts = _p7(flat) if chosen == Codec.P7 else _r8(flat)
+    parts, within = _p7(flat, tensor.dim()) if chosen == Codec.P7 else (_r8(flat), None)
     if sum(-(-p.numel() // 64) * 64 for p in parts.values()) >= flat.numel() * flat.element_size():
         return _raw(tensor)
-    parts[Section.BLOCK_CRC] = _crc(flat)
-    compressed = CompressedTensor(*header.build(chosen, LAYOUTS[layout], tensor.dtype, tensor.shape, parts))
+    if Section.BLOCK_CRC not in parts:
+        parts[Section.BLOCK_CRC] = _crc(flat)
+    compressed = CompressedTensor(*header.build(chosen, LAYOUTS[layout], tensor.dtype, tensor.shape, parts, within))
     if verify:
         compressed.verify()
     return compressed
@@ -131,8 +135,13 @@ def _raw(tensor: Tensor) -> CompressedTensor:
     return CompressedTensor(*header.build(Codec.RAW, Layout.ROWS, tensor.dtype, tensor.shape, parts))
 
 
-def _p7(flat: Tensor) -> dict[int, Tensor]:
-    table = torch.from_numpy(pair_table(registry.run("p7_histogram", flat).cpu().numpy())).to(flat.device)
+def _p7(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room | None]:
+    """The sections, and where that can be known beforehand the blob that they lie in."""
+    counts = registry.run("p7_histogram", flat).cpu().numpy()
+    table = torch.from_numpy(pair_table(counts)).to(flat.device)
+    if registry.choose("p7_encode", flat, table) == "cpp":
+        within = header.room(dimensions, p7_sizes(flat, counts, table), flat.device)
+        return p7_encode_within(flat, table, within.parts), within
     codes, planes, bits, offsets, positions, values = registry.run("p7_encode", flat, table)
     parts: dict[int, Tensor] = {
         Section.TABLE: table,
@@ -145,13 +154,16 @@ def _p7(flat: Tensor) -> dict[int, Tensor]:
     for p, plane in enumerate(planes):
         if bool(plane.any()):
             parts[Section.BYTES0 + p] = plane
-    return parts
+    return parts, None
 
 
 def _r8(flat: Tensor) -> dict[int, Tensor]:
     planes, bits = registry.run("byte_split", flat)
     parts: dict[int, Tensor] = {Section.BITS: bits}
     for p, plane in enumerate(planes):
+        if p and _is_noise(plane, flat.numel()):
+            parts[Section.BYTES0 + p - 1] = plane
+            continue
         counts = registry.run("byte_histogram", plane, flat.numel()).cpu().numpy()
         if p and counts[0] == flat.numel():
             continue
@@ -164,3 +176,13 @@ def _r8(flat: Tensor) -> dict[int, Tensor]:
         first = Section.FIELD_FREQUENCIES + 3 * p
         parts |= {first: table, first + 1: offsets.view(torch.uint8), first + 2: data}
     return parts
+
+
+def _is_noise(plane: Tensor, numel: int) -> bool:
+    """Whether one block in sixteen (up to 64 blocks all of them) has an entropy that no code gets below: most mantissas."""
+    blocks = blocks_of(numel)
+    if blocks > 64:
+        plane = plane[: blocks // 16 * 16 * BLOCK].reshape(-1, 16, BLOCK)[:, 0].reshape(-1)
+        numel = plane.numel()
+    counts = registry.run("byte_histogram", plane, numel).cpu().numpy()
+    return entropy_bits(counts) > (WORTH_CODING + 1e-6) * numel

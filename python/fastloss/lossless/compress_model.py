@@ -174,7 +174,8 @@ def _choice(include: Names | None, exclude: Names | None) -> Callable[[str, nn.M
 
 def _memory(weight: Tensor) -> object:
     """What two parameters that are one memory have in common."""
-    if weight.is_meta or not weight.numel() or type(weight) is not nn.Parameter or weight.layout != torch.strided:
+    plain = type(weight) is nn.Parameter and weight.layout == torch.strided and not weight.is_meta
+    if not plain or not weight.numel():
         return id(weight)
     return weight.device, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 

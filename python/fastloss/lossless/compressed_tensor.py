@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import registry
+from .. import kept_memory, registry
 from . import checksum, header
-from .contract import SLACK, Codec, Layout, Section
+from .contract import BLOCK, SLACK, Codec, Layout, Section, blocks_of
 from .errors import CorruptError
 
 VERIFY = ("full", "header", "off")
@@ -86,22 +86,36 @@ class CompressedTensor:
         if out is not None:
             _check_out(self, out)
         if verify == "full":
-            return self._checked(out)
-        plain = torch.ops.fastloss.lossless_decode(self.blob, self.plan, 0, self.numel(), self.dtype)
-        plain = plain.reshape(self.shape)
-        return plain if out is None else out.copy_(plain)
+            self._check_content()
+        if out is None:
+            return self._decoded(verify == "full")
+        if verify == "full":  # before the first number is written: the caller's tensor stays as it is
+            self._check_numbers()
+        if not out.is_contiguous() or not registry.able("lossless_decode_into", self.blob, self.plan, out.view(-1)):
+            return out.copy_(self._decoded(False))
+        registry.run("lossless_decode_into", self.blob, self.plan, out.view(-1))
+        return out
 
-    def _checked(self, out: Tensor | None) -> Tensor:
-        self._check_content()
-        room = out if out is not None and out.is_contiguous() else None
-        flat = torch.empty(self.numel(), dtype=self.dtype, device=self.device) if room is None else room.reshape(-1)
-        if room is not None:  # the caller's tensor keeps its numbers unless every block is right
-            flat = torch.empty_like(flat)
-        bad = registry.run("lossless_decode_checked", self.blob, self.plan, flat) if self.numel() else -1
+    def _check_numbers(self) -> None:
+        """Raise CorruptError where a block's checksum is wrong; on a CPU no decoded number leaves the cache."""
+        if not self.numel():
+            return
+        if registry.able("lossless_verify", self.blob, self.plan, self.dtype):
+            self._refuse(registry.run("lossless_verify", self.blob, self.plan, self.dtype))
+        else:
+            self._decoded(True)
+
+    def _decoded(self, checked: bool) -> Tensor:
+        if not checked or not self.numel():
+            flat = torch.ops.fastloss.lossless_decode(self.blob, self.plan, 0, self.numel(), self.dtype)
+            return flat.reshape(self.shape)
+        flat = kept_memory.empty_beside(self.blob, (self.numel(),), self.dtype)
+        self._refuse(registry.run("lossless_decode_checked", self.blob, self.plan, flat))
+        return flat.reshape(self.shape)
+
+    def _refuse(self, bad: int) -> None:
         if bad >= 0:
             raise CorruptError("the checksum of the numbers is wrong", block=bad)
-        plain = flat.reshape(self.shape)
-        return plain if out is None else out.copy_(plain)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the matrix [..., columns] by an integer tensor of any shape: [*index.shape, columns].
@@ -116,8 +130,6 @@ class CompressedTensor:
 
         Raises IndexError where there is no such block.
         """
-        from .contract import BLOCK, blocks_of
-
         blocks = blocks_of(self.numel())
         if not 0 <= number < blocks:
             raise IndexError(f"block {number} is out of range: there are {blocks}")
@@ -139,7 +151,8 @@ class CompressedTensor:
         gaps.append((end, end + SLACK))
         if any(bool(self.blob[a:b].any()) for a, b in gaps):
             raise CorruptError("bytes between sections are not zero")
-        self._checked(None)
+        self._check_content()
+        self._check_numbers()
 
     def _check_content(self) -> None:
         """Raise CorruptError where tables and offsets contradict the contract (kernels survive it; numbers do not)."""

@@ -28,7 +28,15 @@ NAMES: dict[torch.dtype, str] = {
 }  # fmt: skip
 #: Dtypes that only recent releases of the package know: in compressed files they are blobs, so that any release opens these.
 RECENT = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
-_ALIGNMENT = 64
+#: Where the data of a compressed file begins, and its blobs; the package aligns to ORDINARY_ALIGNMENT.
+ALIGNMENT, ORDINARY_ALIGNMENT = 64, 8
+#: The package's order of dtypes.
+_RANKS = {
+    name: rank
+    for rank, name in enumerate(
+        "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64".split()
+    )
+}
 
 
 class Stored(NamedTuple):
@@ -58,14 +66,30 @@ def ordered(stored: Iterable[Stored]) -> list[Stored]:
     """The order in which tensors are written: what wants to be aligned most first, and bytes in blobs (of 64 n) before all."""
 
     def alignment(entry: Stored) -> int:
-        is_blob = entry.dtype == torch.uint8 and entry.nbytes % _ALIGNMENT == 0
-        return _ALIGNMENT if is_blob else entry.dtype.itemsize
+        is_blob = entry.dtype == torch.uint8 and entry.nbytes % ALIGNMENT == 0
+        return ALIGNMENT if is_blob else entry.dtype.itemsize
 
     return sorted(stored, key=alignment, reverse=True)
 
 
-def write(file: BinaryIO, stored: list[Stored], metadata: Mapping[str, str], content: Iterable[Tensor]) -> int:
-    """Write a container of `stored`, in this order, whose tensors `content` yields one by one; the bytes written."""
+def ordinary(stored: Iterable[Stored]) -> list[Stored]:
+    """The order in which the package writes tensors: falling dtypes, then rising names."""
+    return sorted(
+        sorted(stored, key=lambda entry: entry.name.encode()), key=lambda e: _RANKS[NAMES[e.dtype]], reverse=True
+    )
+
+
+def write(
+    file: BinaryIO,
+    stored: list[Stored],
+    metadata: Mapping[str, str],
+    content: Iterable[Tensor],
+    alignment: int = ALIGNMENT,
+) -> int:
+    """Write a container of `stored`, in this order, whose tensors `content` yields one by one; the bytes written.
+
+    The data begins at a multiple of `alignment` bytes.
+    """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
     for entry in stored:
@@ -74,7 +98,7 @@ def write(file: BinaryIO, stored: list[Stored], metadata: Mapping[str, str], con
         }  # fmt: skip
         at += entry.nbytes
     head = compact(header).encode()
-    head += b" " * (-(8 + len(head)) % _ALIGNMENT)
+    head += b" " * (-(8 + len(head)) % alignment)
     file.write(len(head).to_bytes(8, "little") + head)
     for entry, tensor in zip(stored, content, strict=True):
         raw = raw_bytes(tensor)

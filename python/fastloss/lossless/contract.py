@@ -298,3 +298,9 @@ def cost_bits(counts: np.ndarray, freq: np.ndarray) -> float:
         for c, f in zip(counts, freq, strict=True)
         if c
     )
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """The bits below which no code of single bytes comes: -sum c log2(c / sum c)."""
+    seen = counts[counts > 0].astype(np.float64)
+    return float((seen * np.log2(seen.sum() / seen)).sum())

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backend_cpp, kept_memory
 from ..compiled import _C, MISSING, pointer
 from ..registry import kernel
-from .contract import PLAN_HEAD, Section
+from .contract import PLAN_HEAD, Section, check_plan
 
 
 def why_not(blob: Tensor, *_: Any) -> str | None:
@@ -38,24 +38,58 @@ def lossless_decode(blob: Tensor, plan: Sequence[int], first: int, count: int, d
     return out
 
 
-def why_not_checked(blob: Tensor, plan: Sequence[int], out: Tensor) -> str | None:
-    """Why the compiled kernel cannot check this, or None."""
+def why_not_into(blob: Tensor, plan: Sequence[int], out: Tensor) -> str | None:
+    """Why the compiled kernel cannot decode into `out`, or None."""
     if reason := why_not(blob):
         return reason
-    if not out.is_contiguous() or out.numel() != plan[3]:
-        return f"writes {plan[3]} contiguous numbers, got {list(out.shape)} of strides {out.stride()}"
-    if plan[3] and not plan[PLAN_HEAD + 2 * Section.BLOCK_CRC + 1]:
-        return "checks what has a section BLOCK_CRC"
+    if not out.is_contiguous() or out.numel() != plan[3] or out.device != blob.device:
+        return (
+            f"writes {plan[3]} contiguous numbers on {blob.device}, "
+            f"got {list(out.shape)} of strides {out.stride()} on {out.device}"
+        )
     return None
 
 
-@kernel("lossless_decode_checked", "cpp", why_not_checked)
-def lossless_decode_checked(blob: Tensor, plan: Sequence[int], out: Tensor) -> int:
-    """Decode everything into the 1-D contiguous `out`; the first block whose checksum is wrong, or -1."""
+def why_not_verify(blob: Tensor, plan: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why the compiled kernel cannot check these numbers, or None."""
+    if reason := why_not(blob):
+        return reason
+    return None if plan[PLAN_HEAD + 2 * Section.BLOCK_CRC + 1] or not plan[3] else "there is no section BLOCK_CRC"
+
+
+def _checked(blob: Tensor, plan: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> int:
+    check_plan(blob, plan, dtype)  # eager ops come without the checks of the others
     blob = aligned(blob)
     return _C.lossless_decode_checked_cpu(  # type: ignore[union-attr]
-        blob=pointer(blob), plan=list(plan), item=out.element_size(), out=pointer(out), isa=backend_cpp.ISA
+        blob=pointer(blob), plan=list(plan), item=dtype.itemsize, out=pointer(out), isa=backend_cpp.ISA
     )
+
+
+@kernel(
+    "lossless_decode_checked",
+    "cpp",
+    lambda blob, plan, out: why_not_into(blob, plan, out) or why_not_verify(blob, plan, out.dtype),
+)
+def lossless_decode_checked(blob: Tensor, plan: Sequence[int], out: Tensor) -> int:
+    """Decode everything into the 1-D contiguous `out`; the first block whose checksum is wrong, or -1."""
+    return _checked(blob, plan, out.dtype, out)
+
+
+@kernel("lossless_verify", "cpp", why_not_verify)
+def lossless_verify(blob: Tensor, plan: Sequence[int], dtype: torch.dtype) -> int:
+    """The first block whose checksum is wrong, or -1; the decoded numbers never leave the cache."""
+    return _checked(blob, plan, dtype, None)
+
+
+@kernel("lossless_decode_into", "cpp", why_not_into)
+def lossless_decode_into(blob: Tensor, plan: Sequence[int], out: Tensor) -> None:
+    """Decode everything into the 1-D contiguous `out`."""
+    check_plan(blob, plan, out.dtype)
+    blob = aligned(blob)
+    _C.lossless_decode_cpu(  # type: ignore[union-attr]
+        blob=pointer(blob), plan=list(plan), item=out.element_size(), first=0, count=plan[3], out=pointer(out),
+        isa=backend_cpp.ISA,
+    )  # fmt: skip
 
 
 @kernel("lossless_rows", "cpp", why_not)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import backend_cpp, kept_memory
 from ..compiled import _C, pointer
 from ..registry import kernel
-from .contract import GROUP, NUMBERS, P7_NUMBERS, SLOTS, SPLITS, blocks_of, padded
+from .contract import (
+    ESCAPE_CODE,
+    GROUP,
+    NUMBERS,
+    P7_NUMBERS,
+    SLOTS,
+    SPLITS,
+    Codec,
+    Section,
+    blocks_of,
+    padded,
+    section_bytes,
+)
+from .cpp_decode import why_not
 
 
 def _why_not_flat(x: Tensor) -> str | None:
-    if missing := backend_cpp._missing(x):
+    if missing := why_not(x):
         return missing
     if x.dim() != 1 or not x.is_contiguous():
         return f"takes a contiguous 1-D tensor, got {list(x.shape)} of strides {x.stride()}"
@@ -60,14 +75,42 @@ def p7_histogram(x: Tensor) -> Tensor:
     return counts
 
 
-def encode_into(
-    x: Tensor, table: Tensor, codes: Tensor, planes: list[Tensor], bits: Tensor | None, offsets: Tensor
-) -> Any:
-    """Write these sections of P7; what escaped, as an object with `count`, `any(plane)` and `write(positions, values)`."""
+def _p7_encode(
+    x: Tensor, table: Tensor, codes: Tensor, planes: list[Tensor], bits: Tensor | None, offsets: Tensor,
+    block_crc: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """Write these sections; what escaped, as an object with `count`, `any(plane)` and `write(positions, values)`."""
     return _C.p7_encode_cpu(  # type: ignore[union-attr]
         x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), table=pointer(table), codes=pointer(codes),
-        planes=[pointer(p) for p in planes], bits=pointer(bits), offsets=pointer(offsets), isa=backend_cpp.ISA,
+        planes=[pointer(p) for p in planes], bits=pointer(bits), offsets=pointer(offsets), block_crc=pointer(block_crc),
+        isa=backend_cpp.ISA,
     )  # fmt: skip
+
+
+def p7_sizes(x: Tensor, counts: np.ndarray, table: Tensor) -> dict[int, int]:
+    """The bytes of every section of P7 (BLOCK_CRC too) of the 1-D `x`, from the counts of its pairs and their table."""
+    number, numel = NUMBERS[x.dtype], x.numel()
+    entries = table.numpy()[:ESCAPE_CODE] + (table.numpy()[128 : 128 + ESCAPE_CODE].astype(np.int64) << 8)
+    escapes = int(counts.sum() - counts[np.unique(entries)].sum())
+    kinds = [Section.TABLE, Section.CODES, Section.ESCAPE_OFFSETS, Section.BLOCK_CRC]
+    kinds += [Section(Section.BYTES0 + p) for p in range(SPLITS[number].byte_planes)]
+    kinds += [Section.BITS] if SPLITS[number].bit_planes else []
+    sizes: dict[int, int] = {kind: section_bytes(kind, Codec.P7, number, numel, x.itemsize) or 0 for kind in kinds}
+    return sizes | {Section.ESCAPE_POSITIONS: 2 * escapes, Section.ESCAPE_VALUES: 2 * x.itemsize * escapes}
+
+
+def p7_encode_within(x: Tensor, table: Tensor, room: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Write the sections of P7 to their places of `p7_sizes` bytes; those places, without the planes that are all 0."""
+    parts = dict(room)
+    planes = {kind: parts[kind] for kind in range(Section.BYTES0, Section.BYTES2 + 1) if kind in parts}
+    parts[Section.TABLE].copy_(table)
+    escapes = _p7_encode(
+        x, table, parts[Section.CODES], list(planes.values()), parts.get(Section.BITS),
+        parts[Section.ESCAPE_OFFSETS], parts[Section.BLOCK_CRC],
+    )  # fmt: skip
+    if escapes.count:
+        escapes.write(positions=pointer(parts[Section.ESCAPE_POSITIONS]), values=pointer(parts[Section.ESCAPE_VALUES]))
+    return {kind: part for kind, part in parts.items() if kind not in planes or escapes.any(kind - Section.BYTES0)}
 
 
 @kernel("p7_encode", "cpp", why_not_p7)
@@ -76,7 +119,7 @@ def p7_encode(x: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor], Tensor, T
     planes, bits = _planes(x)
     codes = kept_memory.empty((padded(x.numel()) // GROUP * 56,), torch.uint8)
     offsets = torch.empty(blocks_of(x.numel()) + 1, dtype=torch.int64, device="cpu")
-    escapes = encode_into(x, table.contiguous(), codes, planes, bits, offsets)
+    escapes = _p7_encode(x, table.contiguous(), codes, planes, bits, offsets)
     positions = torch.empty(escapes.count, dtype=torch.int16, device="cpu")
     values = torch.empty(2 * escapes.count, dtype=x.dtype, device="cpu")
     escapes.write(positions=pointer(positions), values=pointer(values))
@@ -99,5 +142,7 @@ def byte_split(x: Tensor) -> tuple[list[Tensor], Tensor]:
 def byte_histogram(plane: Tensor, numel: int) -> Tensor:
     """How often each byte occurs among the first `numel`."""
     counts = torch.empty(SLOTS, dtype=torch.int64, device="cpu")
-    _C.byte_histogram_cpu(plane=pointer(plane), numel=numel, counts=pointer(counts))  # type: ignore[union-attr]
+    _C.byte_histogram_cpu(  # type: ignore[union-attr]
+        plane=pointer(plane), numel=numel, counts=pointer(counts), isa=backend_cpp.ISA
+    )
     return counts

@@ -24,10 +24,16 @@ def bucket(rows: int) -> int:
     return 1 << max(rows - 1, 0).bit_length()
 
 
+def has_kernel(x: Tensor, blob: Tensor, plan: Sequence[int], bias: Tensor | None) -> bool:
+    """Whether some kernel of `lossless_linear` takes these operands; its reference decodes and multiplies."""
+    operands = ("lossless_linear", x, blob, plan, bias)
+    return plan[0] == Codec.P7 and registry.able(*operands) and registry.choose(*operands) != "reference"
+
+
 def fused_wins(x: Tensor, blob: Tensor, plan: Sequence[int], bias: Tensor | None) -> bool:
     """Whether `lossless_linear` is the faster way to x Wᵀ + bias, x [n, columns]; measured on these operands at first."""
-    if plan[0] != Codec.P7 or registry.choose("lossless_linear", x, blob, plan, bias) == "reference":
-        return False  # the reference decodes and multiplies as well
+    if not has_kernel(x, blob, plan, bias):
+        return False
     key = (str(x.device), x.dtype, *plan[2:6], torch.get_num_threads(), bucket(x.shape[0]))
     won = _winners.get(key)
     if won is None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kept_memory
 from . import checksum
 from .contract import DTYPES, SLACK, Codec, Layout, PlanError, Section, check_plan, number_of
 from .errors import CorruptError, FormatError
@@ -21,6 +22,8 @@ _SECTION = struct.Struct("<HHIQQ")
 _CRC = struct.Struct("<I")
 #: More dimensions than any tensor has.
 _MOST_DIMENSIONS = 64
+#: Bytes from which on a blob's memory is kept for the next one: its whole pages of 2 MB then waste little.
+_WORTH_KEEPING = 32 << 20
 _DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
 
 
@@ -62,24 +65,51 @@ def _header_bytes(dimensions: int, sections: int) -> int:
     return _FIXED.size + 8 * dimensions + _SECTION.size * sections + _CRC.size
 
 
+class Room(NamedTuple):
+    """A blob to be, and the places of its sections (kind -> 1-D uint8). Between them nothing is written yet."""
+
+    blob: Tensor
+    parts: Mapping[int, Tensor]
+
+
+def room(dimensions: int, sizes: Mapping[int, int], device: torch.device) -> Room:
+    """Room for sections of these bytes; of 0: none."""
+    kept = {kind: sizes[kind] for kind in sorted(sizes) if sizes[kind]}
+    at, places = _aligned(_header_bytes(dimensions, len(kept))), {}
+    for kind, size in kept.items():
+        places[kind] = at
+        at = _aligned(at + size)
+    if device.type == "cpu" and at >= _WORTH_KEEPING:
+        blob = kept_memory.empty((at + SLACK,), torch.uint8)
+    else:
+        blob = torch.empty(at + SLACK, dtype=torch.uint8, device=device)
+    return Room(blob, {kind: blob[at : at + kept[kind]] for kind, at in places.items()})
+
+
 def build(
-    codec: Codec, layout: Layout, dtype: torch.dtype, shape: Sequence[int], parts: Mapping[int, Tensor]
-) -> tuple[Tensor, Header]:
-    """A blob on the device of `parts` (kind -> 1-D uint8; empty ones are left out), and its header."""
-    kept = {kind: parts[kind] for kind in sorted(parts) if parts[kind].numel()}
-    at = _aligned(_header_bytes(len(shape), len(kept)))
-    device = next(iter(parts.values())).device if parts else torch.device("cpu")
-    sections = {}
-    for kind, part in kept.items():
-        sections[kind] = (at, part.numel(), checksum.of(part))
-        at = _aligned(at + part.numel())
-    size = at + SLACK
-    header = Header(codec, layout, dtype, tuple(shape), sections, size)
-    blob = torch.zeros(size, dtype=torch.uint8, device=device)
+    codec: Codec, layout: Layout, dtype: torch.dtype, shape: Sequence[int], parts: Mapping[int, Tensor],
+    within: Room | None = None,
+) -> tuple[Tensor, Header]:  # fmt: skip
+    """A blob on the device of `parts` (kind -> 1-D uint8; empty ones are left out), and its header.
+
+    Where the sections are exactly those of `within`, that is the blob: parts that already lie there are not copied.
+    """
+    sizes = {kind: part.numel() for kind, part in parts.items() if part.numel()}
+    if within is None or {kind: part.numel() for kind, part in within.parts.items()} != sizes:
+        device = next(iter(parts.values())).device if parts else torch.device("cpu")
+        within = room(len(shape), sizes, device)
+    blob, sections, end = within.blob, {}, 0
+    for kind, place in within.parts.items():
+        if place.data_ptr() != parts[kind].data_ptr():
+            place.copy_(parts[kind])
+        offset = int(place.storage_offset())
+        blob[end:offset] = 0
+        end = offset + place.numel()
+        sections[kind] = (offset, place.numel(), checksum.of(place))
+    blob[end:] = 0
+    header = Header(codec, layout, dtype, tuple(shape), sections, blob.numel())
     head = write(header)
-    blob[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(device)
-    for kind, part in kept.items():
-        blob[sections[kind][0] :][: part.numel()] = part
+    blob[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(blob.device)
     return blob, header
 
 

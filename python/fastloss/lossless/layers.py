@@ -86,9 +86,8 @@ class CompressedWeight(nn.Module):
             raise ValueError(f"holds {given.dtype}, the layer {self.dtype}: load with assign=True to adopt it")
         given.verify()
         self._adopt(given)
-        if not assign:  # a buffer of its own: another module may hold the old one
-            room = torch.empty(blob.shape, dtype=torch.uint8, device=self.blob.device)
-            self.blob = _pinned(room) if self.offload else room
+        room = torch.empty(blob.shape, dtype=torch.uint8, device=self.blob.device)  # others may hold the old buffer
+        self.blob = _pinned(room) if self.offload else room
 
     def extra_repr(self) -> str:
         """Codec, dtype and size."""
@@ -157,6 +156,9 @@ class CompressedLinear(CompressedLayer):
         bias: [out_features] or None.
         mode: "exact" (outputs bit for bit those of nn.Linear), "auto" or "fused": see `compressed_linear`. Can be set later.
         offload: as of `CompressedWeight`.
+
+    Works in torch.compile(fullgraph=True). Where a blob's sections lie is a constant of the graph, so layers that are compiled one by
+    one are a graph each: raise torch._dynamo.config.recompile_limit, or compile the model as a whole.
 
     Raises TypeError and ValueError.
     """

@@ -14,7 +14,7 @@ from ..ops import _library
 from . import crossover
 from .compressed_tensor import CompressedTensor
 
-#: exact: decode, then torch's product. fused: the op `lossless_linear`. auto: the faster of both for the shape.
+#: exact: decode, then torch's product. fused: `lossless_linear` where it has a kernel. auto: the faster of both.
 MODES = ("exact", "auto", "fused")
 
 
@@ -35,8 +35,8 @@ def compressed_linear(x: Tensor, weight: CompressedTensor, bias: Tensor | None =
         weight: W [rows, columns].
         bias: [rows] or None.
         mode: "exact" decodes W and lets torch multiply: outputs are those of F.linear with the dense weight, bit for bit.
-            "fused" multiplies by the compressed numbers (fp32 accumulation; another order of summation). "auto" takes
-            of both the one that `fastloss.lossless.crossover` found faster for this shape.
+            "fused" multiplies by the compressed numbers (fp32 accumulation; another order of summation) wherever a kernel
+            takes the shape. "auto" takes of both the one that `fastloss.lossless.crossover` found faster for this shape.
 
     Raises TypeError and ValueError with what was got and what is accepted.
     """
@@ -96,7 +96,8 @@ def _compressed_linear(
     rows = x.reshape(-1, plan[5])
     if mode != "exact" and x.dtype == dtype:
         there = blob.to(x.device, non_blocking=True)
-        if mode == "fused" or crossover.fused_wins(rows, there, plan, bias):
+        choose = crossover.has_kernel if mode == "fused" else crossover.fused_wins
+        if choose(rows, there, plan, bias):
             out = torch.ops.fastloss.lossless_linear(rows, there, plan, bias)
             return out.reshape(*x.shape[:-1], plan[4])
     return F.linear(x, decoded(blob, plan, dtype, x), bias)

@@ -67,19 +67,19 @@ def _check_dfloat11(
             raise TypeError(f"{name} must be uint8, got {t.dtype}")
         if t.device != luts.device:
             raise ValueError(f"{name} must be on {luts.device}, got {t.device}")
-    if luts.dim() != 2 or luts.shape[1] != 256 or not 2 <= luts.shape[0] <= 17:
-        raise ValueError(f"luts must be [2..17, 256], got {list(luts.shape)}")
+    if luts.dim() != 2 or luts.shape[1] != 256 or not 2 <= luts.shape[0] <= 18:
+        raise ValueError(f"luts must be [2..18, 256]: up to 17 tables and the lengths, got {list(luts.shape)}")
     if numel < 0 or sign_mantissa.numel() != numel:
         raise ValueError(f"sign_mantissa must have {numel} bytes, got {sign_mantissa.numel()}")
-    if not 1 <= bytes_per_thread <= 8 or not 1 <= threads_per_block <= 1024:
+    if not 4 <= bytes_per_thread <= 8 or not 1 <= threads_per_block <= 1024:
         raise ValueError(
-            f"bytes_per_thread must be 1..8 and threads_per_block 1..1024, got {bytes_per_thread} and {threads_per_block}"
+            f"bytes_per_thread must be 4..8 and threads_per_block 1..1024, got {bytes_per_thread} and {threads_per_block}"
         )
     blocks = -(-codes.numel() // (bytes_per_thread * threads_per_block))
     if output_positions.numel() != 4 * (blocks + 1):
         raise ValueError(f"output_positions must be {4 * (blocks + 1)} bytes, got {output_positions.numel()}")
-    if gaps.numel() * 8 < 5 * (-(-codes.numel() // bytes_per_thread)):
-        raise ValueError(f"gaps of {gaps.numel()} bytes are too few for {codes.numel()} bytes of codes")
+    if gaps.numel() * 8 < 5 * threads_per_block * blocks:
+        raise ValueError(f"{gaps.numel()} bytes of gaps are too few for {blocks} blocks of {threads_per_block} threads")
 
 
 _define(
@@ -109,10 +109,17 @@ _define(
     _check_dfloat11,
 )
 
-from . import reference  # noqa: E402,F401  (registers its kernels)
-from . import cpp_decode  # noqa: E402,F401
-from . import cpp_encode  # noqa: E402,F401
-from . import triton_ops  # noqa: E402,F401
-from . import cpp_r8, reference  # noqa: E402,F401  (register their kernels)
-from . import cuda_linear  # noqa: E402,F401
-from . import cuda_codec, cuda_encode  # noqa: E402,F401
+from . import (  # noqa: E402,F401  (they register their kernels)
+    cpp_decode,
+    cpp_dfloat11,
+    cpp_encode,
+    cpp_linear,
+    cpp_r8,
+    cuda_codec,
+    cuda_dfloat11,
+    cuda_encode,
+    cuda_linear,
+    reference,
+    reference_dfloat11,
+    triton_ops,
+)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import container
-from .atomic_file import replacing
+from .atomic_file import is_temporary, replacing
 from .errors import CorruptError, FormatError
 from .file_index import VERSION
 from .safe_open import safe_open
@@ -38,7 +38,7 @@ def shards(folder: Path) -> list[Path]:
 def other_files(folder: Path) -> list[Path]:
     """What goes along unchanged: all files but shards, indexes of shards and what killed writers left."""
     found = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
-    kept = (p for p in found if not p.name.endswith(INDEX_SUFFIX) and not p.name.endswith(".partial"))
+    kept = (p for p in found if not p.name.endswith(INDEX_SUFFIX) and not is_temporary(p.name))
     return sorted(p.relative_to(folder) for p in kept)
 
 
@@ -66,6 +66,7 @@ def pack(
 def unpack(source: Path, target: Path, progress: Progress | None = None) -> None:
     """`source` as an ordinary `.safetensors` file, every tensor bit for bit and the user's metadata; each checked on the way.
 
+    What the `safetensors` package wrote comes back byte for byte, up to the order of more than one entry of metadata.
     Raises FormatError where a tensor's dtype has no name in such files.
     """
     with safe_open(source) as file:
@@ -75,7 +76,7 @@ def unpack(source: Path, target: Path, progress: Progress | None = None) -> None
             if kind.get_dtype() not in _DTYPES:
                 raise FormatError(f"tensor {name!r}: {kind.get_dtype()} cannot be written to an ordinary file")
             stored.append(container.Stored(name, _DTYPES[kind.get_dtype()], tuple(kind.get_shape())))
-        stored = container.ordered(stored)
+        stored = container.ordinary(stored)
 
         def content() -> Iterator[Tensor]:
             for entry in stored:
@@ -84,7 +85,7 @@ def unpack(source: Path, target: Path, progress: Progress | None = None) -> None
                     progress(entry.name, entry.nbytes)
 
         with replacing(target) as out:
-            container.write(out, stored, file.metadata() or {}, content())
+            container.write(out, stored, file.metadata() or {}, content(), container.ORDINARY_ALIGNMENT)
 
 
 _DTYPES = {name: dtype for dtype, name in container.NAMES.items()}
@@ -117,6 +118,12 @@ def is_same(source: Path, packed: Path, dtype: torch.dtype | None = None) -> boo
     except (CorruptError, DifferError, FormatError, FileNotFoundError):
         return False
     return True
+
+
+def is_packed(path: Path) -> bool:
+    """Whether `save_file` wrote this file."""
+    with safe_open(path, verify="header") as file:
+        return file.is_compressed
 
 
 def dense_bytes(path: Path) -> int:
