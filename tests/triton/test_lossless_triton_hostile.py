@@ -87,7 +87,7 @@ def hostile(c: lossless.CompressedTensor, seed: int, small: bool) -> Tensor:
         if small and kind in (Section.ESCAPE_OFFSETS, *range(Section.FIELD_OFFSETS, Section.RAW, 3)):
             most = c.header.sections[kind + 1][1] if kind + 1 in c.header.sections else 1
             near = torch.randint(most // 2, most + 3, (count // 8,), generator=generator)
-            near[0] = -2
+            near[0] = -(1 << 20)
             noise = near.view(torch.uint8)
         blob[offset : offset + count] = noise
     return blob
