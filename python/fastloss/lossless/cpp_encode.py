@@ -157,7 +157,7 @@ def field_of(x: Tensor) -> Tensor:
 
 
 def r8_sizes(x: Tensor, data: int) -> dict[int, int]:
-    """The bytes of every section of R8 (BLOCK_CRC too) of the 1-D `x` whose field, and nothing else, is coded, in `data` bytes."""
+    """The bytes of every section of R8 (BLOCK_CRC too) of the 1-D `x` of which only the field is coded, in `data` bytes."""
     number, split = NUMBERS[x.dtype], SPLITS[NUMBERS[x.dtype]]
     kinds = [Section.FIELD_FREQUENCIES, Section.FIELD_OFFSETS, Section.BLOCK_CRC, Section.BITS]
     kinds += [Section(Section.BYTES0 + p) for p in range(split.byte_planes)]
