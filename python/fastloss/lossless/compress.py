@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,14 +52,15 @@ def compress(
         verify: decode the result and compare before returning it.
 
     Raises:
-        TypeError: not a tensor, or a dtype that cannot be stored.
-        ValueError: an unknown codec, tier or layout, or a layout that this tensor cannot have.
+        TypeError: not a dense tensor with memory of its own, or a dtype that cannot be stored.
+        ValueError: an unknown codec, tier or layout, a layout that this tensor cannot have, more than 64 dimensions, or a
+            shape whose extents, zeros left out, multiply to 2^62 or more.
     """
     _check(tensor, codec, tier, layout)
     chosen = _choose(tensor.dtype, codec, tier)
     if chosen == Codec.RAW or not tensor.numel():
-        return _raw(tensor)
-    flat = tensor.detach().contiguous().reshape(-1)
+        return _raw(_flat(tensor), tensor.shape)
+    flat = _flat(tensor)
     if layout == "tiles":
         if chosen != Codec.P7 or tensor.dim() != 2 or not has_tiles(*tensor.shape):
             raise ValueError(
@@ -67,7 +70,7 @@ def compress(
         flat = to_tiles(_integers(flat), tensor.shape[1]).view(tensor.dtype)
     parts, within = (_p7 if chosen == Codec.P7 else _r8)(flat, tensor.dim())
     if sum(-(-p.numel() // 64) * 64 for p in parts.values()) >= flat.numel() * flat.element_size():
-        return _raw(tensor)
+        return _raw(flat if layout == "rows" else _flat(tensor), tensor.shape)
     if Section.BLOCK_CRC not in parts:
         parts[Section.BLOCK_CRC] = _crc(flat)
     compressed = CompressedTensor(*header.build(chosen, LAYOUTS[layout], tensor.dtype, tensor.shape, parts, within))
@@ -97,14 +100,16 @@ def decompress(compressed: CompressedTensor, out: Tensor | None = None, verify: 
 def _check(tensor: Tensor, codec: str, tier: str, layout: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"compress takes a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise TypeError(f"compress takes dense tensors, got layout {tensor.layout} on {tensor.device}")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else f"layout {tensor.layout}"
+        raise TypeError(f"compress takes dense tensors, got {kind} on {tensor.device}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"compress takes {', '.join(str(d) for d in DTYPES)}, got {tensor.dtype}")
     if codec != "auto" and codec not in CODECS:
         raise ValueError(f"codec must be 'auto' or one of {', '.join(CODECS)}, got {codec!r}")
     if tier not in TIERS:
         raise ValueError(f"tier must be one of {', '.join(TIERS)}, got {tier!r}")
+    header.check_shape(tensor.shape)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
@@ -119,6 +124,21 @@ def _choose(dtype: torch.dtype, codec: str, tier: str) -> Codec:
     return chosen
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """Its numbers in row-major order; what PyTorch conjugates or negates only when it is read, as it reads."""
+    flat = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.numel() and not _address(flat):
+        raise TypeError(f"compress takes tensors with memory of their own, got {type(tensor).__name__} without")
+    return flat.as_strided(flat.shape, (1,))  # a single number may have any stride
+
+
+def _address(flat: Tensor) -> int:
+    try:
+        return flat.data_ptr()
+    except RuntimeError:  # tensors of torch.func, and some subclasses
+        return 0
+
+
 def _integers(flat: Tensor) -> Tensor:
     """The same bits as integers, so that nothing that moves them touches a NaN's payload."""
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
@@ -129,12 +149,11 @@ def _crc(flat: Tensor) -> Tensor:
     return torch.where(crc >= 1 << 31, crc - (1 << 32), crc).to(torch.int32).view(torch.uint8)
 
 
-def _raw(tensor: Tensor) -> CompressedTensor:
-    flat = tensor.detach().contiguous().reshape(-1)
+def _raw(flat: Tensor, shape: Sequence[int]) -> CompressedTensor:
     parts: dict[int, Tensor] = {Section.RAW: flat.view(torch.uint8)}
     if flat.numel():
         parts[Section.BLOCK_CRC] = _crc(flat)
-    return CompressedTensor(*header.build(Codec.RAW, Layout.ROWS, tensor.dtype, tensor.shape, parts))
+    return CompressedTensor(*header.build(Codec.RAW, Layout.ROWS, flat.dtype, shape, parts))
 
 
 def _p7(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room | None]:

@@ -100,7 +100,10 @@ def p7_sizes(x: Tensor, counts: np.ndarray, table: Tensor) -> dict[int, int]:
 
 
 def p7_encode_within(x: Tensor, table: Tensor, room: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Write the sections of P7 to their places of `p7_sizes` bytes; those places, without the planes that are all 0."""
+    """Write the sections of P7 to their places of `p7_sizes` bytes; those places, without the planes that are all 0.
+
+    Raises RuntimeError where another thread has written to `x` since its pairs were counted.
+    """
     parts = dict(room)
     planes = {kind: parts[kind] for kind in range(Section.BYTES0, Section.BYTES2 + 1) if kind in parts}
     parts[Section.TABLE].copy_(table)
@@ -108,6 +111,9 @@ def p7_encode_within(x: Tensor, table: Tensor, room: Mapping[int, Tensor]) -> di
         x, table, parts[Section.CODES], list(planes.values()), parts.get(Section.BITS),
         parts[Section.ESCAPE_OFFSETS], parts[Section.BLOCK_CRC],
     )  # fmt: skip
+    positions = parts.get(Section.ESCAPE_POSITIONS)
+    if escapes.count != (0 if positions is None else positions.numel() // 2):  # the places were counted beforehand
+        raise RuntimeError("the tensor changed while it was being compressed")
     if escapes.count:
         escapes.write(positions=pointer(parts[Section.ESCAPE_POSITIONS]), values=pointer(parts[Section.ESCAPE_VALUES]))
     return {kind: part for kind, part in parts.items() if kind not in planes or escapes.any(kind - Section.BYTES0)}
