@@ -97,18 +97,6 @@ def test_loading_refuses_what_does_not_fit_and_keeps_what_it_had() -> None:
     assert layer.load_state_dict({}, strict=False).missing_keys == ["bias", "compressed.blob"]
 
 
-def test_conversions_of_dtype_leave_the_blob() -> None:
-    _, layer = pair()
-    before = layer.blob.clone()
-    for convert in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)):
-        made = convert(copy.deepcopy(layer))
-        assert made.blob.dtype == torch.uint8 and torch.equal(made.blob, before)
-        assert made.bias.dtype != torch.float32
-        with pytest.raises(TypeError, match="like the compressed weight"):
-            made(torch.randn(1, COLUMNS).to(made.bias.dtype))
-    assert copy.deepcopy(layer).to("meta").blob.device.type == "meta"
-
-
 def test_assigning_a_weight_compresses_it() -> None:
     _, layer = pair()
     new = matrix(seed=5)
