@@ -110,10 +110,17 @@ def test_ranks_and_plain_look_up_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", CODED, ids=str)
 def test_any_number_of_threads(dtype: torch.dtype, threads: None) -> None:
-    x = mostly_normal(49 * 1000 + 1, dtype)
+    x = mostly_normal(7 * 16384 + 1001, dtype)
+    table = (torch.arange(256, dtype=torch.int32) % 16 + 110).to(torch.uint8)
+    calls: list[tuple[Any, ...]] = [("byte_split", x), ("byte_histogram", bits(x), x.numel())]
+    if dtype in P7_DTYPES:
+        calls += [("p7_histogram", x), ("p7_encode", x, table)]
+    made = []
     for count in (1, 2, 3, 5):
         torch.set_num_threads(count)
-        check_all(x)
+        made.append([bits(t) for call in calls for t in on("cpp", *call)])
+    for other in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
 
 
 @pytest.fixture

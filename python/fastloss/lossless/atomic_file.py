@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +17,7 @@ except ImportError:  # not a POSIX system: there an open file cannot be removed,
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".partial"
+_LONGEST_NAME = 200
 
 
 @contextlib.contextmanager
@@ -22,9 +25,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends well, and vanishes when it does not.
 
     The bytes are on the disk before the name points at them; until then they are under `file.name`. What killed writers of
-    the same name left behind is removed.
+    the same name left behind is removed. Of a symbolic link it is the file that is replaced. OSErrors name the file.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", os.fspath(Path(path).parent))
     _remove_stale(target)
     file = _create(target)
     try:
@@ -38,9 +45,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.replace(file.name, target)
         if fcntl is None:  # open files get no new name there
             os.replace(file.name, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(file.name)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk
+            error.filename = os.fspath(path)
         raise
     _sync_folder(target.parent)
 
@@ -53,13 +62,21 @@ def is_temporary(name: str) -> bool:
 def _create(target: Path) -> BinaryIO:
     """A new file beside `target`, locked as long as its writer lives: the system lets go of it when the process dies."""
     while True:
-        file = open(target.parent / f".{target.name}.{secrets.token_hex(4)}{SUFFIX}", "xb")
+        file = open(target.parent / f"{_beginning(target)}{secrets.token_hex(4)}{SUFFIX}", "xb")
         if fcntl is None:
             return file
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.path.exists(file.name):  # or a cleaner had the lock first
             return file
         file.close()
+
+
+def _beginning(target: Path) -> str:
+    """How the names of unfinished files of `target` begin: of a long name a part and a checksum, since 255 bytes are the most."""
+    name = target.name.encode(errors="surrogateescape")
+    if len(name) > _LONGEST_NAME:
+        name = name[: _LONGEST_NAME - 9] + f".{zlib.crc32(name):08x}".encode()
+    return f".{name.decode(errors='surrogateescape')}."
 
 
 def _sync_folder(folder: Path) -> None:
@@ -74,7 +91,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _remove_stale(target: Path) -> None:
     for left in target.parent.iterdir():
-        if not (left.name.startswith(f".{target.name}.") and is_temporary(left.name)):
+        if not (left.name.startswith(_beginning(target)) and is_temporary(left.name)):
             continue
         with contextlib.suppress(OSError):
             if fcntl is None:

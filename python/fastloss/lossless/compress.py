@@ -24,7 +24,8 @@ from .contract import (
     has_tiles,
     pair_table,
 )
-from .cpp_encode import p7_encode_within, p7_sizes
+from .cpp_encode import field_of, p7_encode_within, p7_sizes, r8_planes_within, r8_sizes
+from .cpp_r8 import r8_payloads
 from .tiles import to_tiles
 
 CODECS = {"raw": Codec.RAW, "p7": Codec.P7, "r8": Codec.R8}
@@ -32,6 +33,8 @@ TIERS = ("fused", "storage")
 LAYOUTS = {"rows": Layout.ROWS, "tiles": Layout.TILES}
 #: Bits a byte above which a byte plane is stored raw: coding it would save less than decoding costs.
 WORTH_CODING = 7.6
+#: Numbers up to which all of them are looked at to see whether a plane is noise; of more a sample.
+_SAMPLED = 64 * BLOCK
 
 
 def compress(
@@ -65,7 +68,7 @@ def compress(
                 f"got {chosen.name} of {list(tensor.shape)}"
             )
         flat = to_tiles(_integers(flat), tensor.shape[1]).view(tensor.dtype)
-    parts, within = _p7(flat, tensor.dim()) if chosen == Codec.P7 else (_r8(flat), None)
+    parts, within = (_p7 if chosen == Codec.P7 else _r8)(flat, tensor.dim())
     if sum(-(-p.numel() // 64) * 64 for p in parts.values()) >= flat.numel() * flat.element_size():
         return _raw(flat if layout == "rows" else _flat(tensor), tensor.shape)
     if Section.BLOCK_CRC not in parts:
@@ -175,16 +178,18 @@ def _p7(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
     return parts, None
 
 
-def _r8(flat: Tensor) -> dict[int, Tensor]:
+def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room | None]:
+    """The sections, and where that can be known beforehand the blob that they lie in."""
+    if flat.numel() > _SAMPLED and registry.choose("byte_split", flat) == "cpp" and _rest_is_noise(flat):
+        return _r8_within(flat, dimensions)
     planes, bits = registry.run("byte_split", flat)
     parts: dict[int, Tensor] = {Section.BITS: bits}
     for p, plane in enumerate(planes):
+        if p and _is_noise(plane, flat.numel()):
+            parts[Section.BYTES0 + p - 1] = plane
+            continue
         counts = registry.run("byte_histogram", plane, flat.numel()).cpu().numpy()
         if p and counts[0] == flat.numel():
-            continue
-        # Nothing codes below the entropy: most mantissas need no table to be known as not worth coding.
-        if p and entropy_bits(counts) > (WORTH_CODING + 1e-6) * flat.numel():
-            parts[Section.BYTES0 + p - 1] = plane
             continue
         freq = frequencies(counts)
         if p and cost_bits(counts, freq) > WORTH_CODING * flat.numel():
@@ -194,4 +199,36 @@ def _r8(flat: Tensor) -> dict[int, Tensor]:
         offsets, data = registry.run("r8_encode", plane, table, flat.numel())
         first = Section.FIELD_FREQUENCIES + 3 * p
         parts |= {first: table, first + 1: offsets.view(torch.uint8), first + 2: data}
-    return parts
+    return parts, None
+
+
+def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room]:
+    """On a CPU, where the field alone is coded: its code tells all sizes, then the rest is split into the blob itself."""
+    field = field_of(flat)
+    freq = frequencies(registry.run("byte_histogram", field, flat.numel()).numpy())
+    table = torch.from_numpy(freq)
+    offsets, payloads = r8_payloads(field, table, flat.numel())
+    within = header.room(dimensions, r8_sizes(flat, payloads.bytes()), flat.device)
+    r8_planes_within(flat, within.parts)
+    payloads.copy_to(within.parts[Section.FIELD_DATA].data_ptr())
+    return {**within.parts, Section.FIELD_FREQUENCIES: table, Section.FIELD_OFFSETS: offsets.view(torch.uint8)}, within
+
+
+def _sample(x: Tensor) -> Tensor:
+    """One block in sixteen of more than _SAMPLED numbers."""
+    if x.numel() <= _SAMPLED:
+        return x
+    return x[: x.numel() // (16 * BLOCK) * 16 * BLOCK].reshape(-1, 16, BLOCK)[:, 0].reshape(-1)
+
+
+def _is_noise(plane: Tensor, numel: int) -> bool:
+    """Whether the sample has an entropy that no code gets below: most mantissas."""
+    sample = _sample(plane[:numel])
+    counts = registry.run("byte_histogram", sample, sample.numel()).cpu().numpy()
+    return entropy_bits(counts) > (WORTH_CODING + 1e-6) * sample.numel()
+
+
+def _rest_is_noise(flat: Tensor) -> bool:
+    """Whether `_is_noise` is true of every byte plane."""
+    sample = _sample(flat)
+    return all(_is_noise(plane, sample.numel()) for plane in registry.run("byte_split", sample)[0][1:])

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .compress import CODECS, LAYOUTS, TIERS, _choose, compress
-from .contract import DTYPES, Codec, has_tiles
-from .layers import CompressedEmbedding, CompressedLayer, CompressedLinear, CompressedWeight, dense_layer
+from .compressed_weight import CompressedWeight
+from .contract import DTYPES, NUMBERS, P7_NUMBERS, Codec, has_tiles
+from .layers import CompressedEmbedding, CompressedLayer, CompressedLinear, dense_layer, in_place_of
 from .linear import check_mode
 
 TorchLayer = nn.Linear | nn.Embedding
@@ -112,9 +113,10 @@ def compress_model(
             f"the model is itself a {type(model).__name__}: pass inplace=False and take the report's model"
         )
     report = ModelReport(model)
-    chosen = _choice(include, exclude)
+    chosen, places = _choice(include, exclude), _places(model)
     for owners, others in _weights(model):
-        reason = others or next((r for name, layer in owners if (r := _why_not(name, layer, chosen, min_bytes))), None)
+        whys = (_why_not(name, layer, chosen, min_bytes, codec) for name, layer in owners)
+        reason = others or next(filter(None, whys), None)
         held = None if reason else _compressed([layer for _, layer in owners], codec, tier, layout, offload, verify)
         if held is None and reason is None:
             reason = "it would not be smaller"
@@ -127,7 +129,7 @@ def compress_model(
             after = before if held is None or k else held.header.bytes
             report.layers.append(LayerReport(name, type(layer).__name__, shape, before, after, reason))
             if held is not None:
-                report.model = _replaced(report.model, layer, _layer(layer, held, mode))
+                report.model = _replaced(report.model, places, layer, _layer(layer, held, mode))
     return report
 
 
@@ -140,12 +142,12 @@ def decompress_model(model: nn.Module, inplace: bool = True) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = model if inplace else copy.deepcopy(model)
-    dense: dict[int, nn.Parameter] = {}
+    dense, places = dict[int, nn.Parameter](), _places(model)
     for layer in [m for m in model.modules() if isinstance(m, CompressedLayer)]:
         held = layer.compressed
         if id(held) not in dense:
             dense[id(held)] = nn.Parameter(held.tensor.decompress(), requires_grad=held.trained)
-        model = _replaced(model, layer, dense_layer(layer, dense[id(held)]))
+        model = _replaced(model, places, layer, dense_layer(layer, dense[id(held)]))
     return model
 
 
@@ -198,7 +200,9 @@ def _weights(model: nn.Module) -> list[tuple[list[tuple[str, TorchLayer]], str |
     return [(owners, others.get(key)) for key, owners in layers.items()]
 
 
-def _why_not(name: str, layer: nn.Module, chosen: Callable[[str, nn.Module], str | None], min_bytes: int) -> str | None:
+def _why_not(
+    name: str, layer: nn.Module, chosen: Callable[[str, nn.Module], str | None], min_bytes: int, codec: str
+) -> str | None:
     """Why a layer has to stay as it is, or None."""
     if reason := chosen(name, layer):
         return reason
@@ -210,12 +214,16 @@ def _why_not(name: str, layer: nn.Module, chosen: Callable[[str, nn.Module], str
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is made of other tensors (pruning, weight norm)"
+    if layer._buffers or layer._modules or set(layer._parameters) - {"weight", "bias"}:
+        return "it holds more than a weight and a bias"
     if any(getattr(layer, hooks) for hooks in _HOOKS) or weight._backward_hooks:
         return "it has hooks"
     if type(weight) is not nn.Parameter or weight.is_meta or weight.layout != torch.strided:
         return f"its weight is a {type(weight).__name__} on {weight.device}"
     if weight.dtype not in DTYPES:
         return f"{weight.dtype} cannot be stored"
+    if codec == "p7" and NUMBERS.get(weight.dtype) not in P7_NUMBERS:
+        return f"codec p7 takes bf16, fp16 and fp32, not {weight.dtype}"
     if weight.nbytes < min_bytes:
         return f"its weight has fewer than {min_bytes} bytes"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
@@ -253,15 +261,23 @@ def _layer(layer: TorchLayer, held: CompressedWeight, mode: str) -> CompressedLa
         new = CompressedEmbedding(held, layer.padding_idx)
     else:
         new = CompressedLinear(held, layer.bias, mode)
-    return new.train(layer.training)
+    in_place_of(layer, new)
+    return new
 
 
-def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where every module stands: (parent, name there), by its id."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            places.setdefault(id(child), []).append((module, name))
+    return places
+
+
+def _replaced(
+    model: nn.Module, places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module
+) -> nn.Module:
     """The model with `old` replaced in place wherever it stands."""
-    if model is old:
-        return new
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if child is old:
-                setattr(module, name, new)
-    return model
+    for parent, name in places.get(id(old), ()):
+        setattr(parent, name, new)
+    return new if model is old else model

@@ -6,6 +6,7 @@ tensors give the same bytes, the data begins at a multiple of 64, and tensors co
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -134,6 +135,8 @@ def package() -> Any:
 def open_container(path: str | os.PathLike[str], device: str | int = "cpu") -> Any:
     """`safetensors.safe_open` of a file. Raises CorruptError for what is not a .safetensors file, or no whole one."""
     safetensors = package()
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     try:
         return safetensors.safe_open(os.fspath(path), framework="pt", device=device)
     except safetensors.SafetensorError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,95 +9,10 @@ from torch import Tensor, nn
 
 from .compress import compress
 from .compressed_tensor import CompressedTensor
+from .compressed_weight import CompressedWeight
+from .container import raw_bytes
 from .contract import Layout
-from .errors import CorruptError, FormatError
 from .linear import check_mode, product
-
-
-class CompressedWeight(nn.Module):
-    """A frozen matrix as a blob: the module that layers of one tied weight share, so that they stay tied.
-
-    `.blob`, uint8, is a buffer: it moves with `.to(device)`, is saved, copied and pickled as it is, and no conversion of
-    dtypes touches it.
-
-    Args:
-        compressed: the matrix.
-        offload: keep the blob in CPU memory (pinned where CUDA is at hand) whatever the model moves to; every call copies the
-            compressed bytes to the device of its input.
-        trained: whether the weight was one that requires a gradient, for `decompress_model`.
-    """
-
-    blob: Tensor
-
-    def __init__(self, compressed: CompressedTensor, offload: bool = False, trained: bool = False) -> None:
-        super().__init__()
-        if not isinstance(compressed, CompressedTensor):
-            raise TypeError(f"compressed must be a CompressedTensor, got {type(compressed).__name__}")
-        if len(compressed.header.shape) != 2:
-            raise ValueError(f"a layer's weight is a matrix, got shape {list(compressed.header.shape)}")
-        self.offload, self.trained = offload, trained
-        self.register_buffer("blob", _pinned(compressed.blob) if offload else compressed.blob)
-        self._adopt(compressed)
-
-    def _adopt(self, compressed: CompressedTensor) -> None:
-        self.header, self.plan, self.dtype = compressed.header, compressed.plan, compressed.dtype
-
-    @property
-    def tensor(self) -> CompressedTensor:
-        """The weight, for functions that take one: no copy."""
-        return CompressedTensor(self.blob, self.header)
-
-    def set(self, compressed: CompressedTensor) -> None:
-        """Hold another weight of the same shape, on the same device."""
-        if compressed.header.shape != self.header.shape:
-            raise ValueError(f"the weight has shape {list(self.header.shape)}, got {list(compressed.header.shape)}")
-        self._adopt(compressed)
-        self.blob = _pinned(compressed.blob) if self.offload else compressed.blob.to(self.blob.device)
-
-    def recompress(self, dense: Tensor) -> CompressedTensor:
-        """`dense`, in the weight's dtype, by the same codec and layout."""
-        name = self.header.codec.name.lower()
-        layout = self.header.layout.name.lower()
-        return compress(dense.to(self.blob.device, self.dtype), codec=name, layout=layout)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedWeight:
-        return self if self.offload else super()._apply(fn, recurse)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        blob = state_dict.get(f"{prefix}blob")
-        if blob is not None:
-            try:
-                self._take(blob, bool(local_metadata.get("assign_to_params_buffers", False)))
-            except (CorruptError, FormatError, ValueError) as error:
-                errors.append(f"{prefix}blob: {error}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-    def _take(self, blob: Tensor, assign: bool) -> None:
-        """Make room for a blob, once it is known to be an undamaged one that fits."""
-        given = CompressedTensor(blob)
-        if given.header.shape != self.header.shape:
-            raise ValueError(f"holds shape {list(given.header.shape)}, the layer {list(self.header.shape)}")
-        if given.dtype != self.dtype and not assign:
-            raise ValueError(f"holds {given.dtype}, the layer {self.dtype}: load with assign=True to adopt it")
-        given.verify()
-        self._adopt(given)
-        room = torch.empty(blob.shape, dtype=torch.uint8, device=self.blob.device)  # others may hold the old buffer
-        self.blob = _pinned(room) if self.offload else room
-
-    def extra_repr(self) -> str:
-        """Codec, dtype and size."""
-        dense = self.plan[3] * self.dtype.itemsize
-        share = f", {100 * self.header.bytes / dense:.1f} %" if dense else ""
-        return f"{self.header.codec.name} of {self.dtype}{share}{', offloaded' if self.offload else ''}"
-
-
-def _pinned(blob: Tensor) -> Tensor:
-    blob = blob.cpu()
-    return blob.pin_memory() if torch.cuda.is_available() else blob
 
 
 class CompressedLayer(nn.Module):
@@ -115,12 +29,28 @@ class CompressedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, decoded at every access (requires_grad False). What is written into it is lost: assign to it."""
+        """The dense weight, decoded at every access (requires_grad False). What is written into it is lost: assign to it.
+
+        As with torch's layers another weight may have another dtype, and unties the layer. The same bits change nothing.
+        """
         return self.compressed.tensor.decompress(verify="off")
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
-        self.compressed.set(self.compressed.recompress(dense.detach()))
+        if not isinstance(dense, Tensor):
+            raise TypeError(f"weight must be a tensor, got {type(dense).__name__}")
+        held = self.compressed
+        if tuple(dense.shape) != held.header.shape:
+            raise ValueError(f"the weight has shape {list(held.header.shape)}, got {list(dense.shape)}")
+        if dense.dtype != held.dtype or not torch.equal(raw_bytes(dense), raw_bytes(self.weight)):
+            self.compressed = CompressedWeight(held.recompress(dense, dense.dtype), held.offload, held.trained)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(
+            value, nn.Parameter
+        ):  # which nn.Module would register: there is no such name
+            value = value.detach()
+        super().__setattr__(name, value)
 
     @property
     def compressed_weight(self) -> CompressedTensor:
@@ -141,7 +71,9 @@ class CompressedLayer(nn.Module):
             del state_dict[f"{prefix}weight"]
             own = self.compressed.header.shape
             if tuple(dense.shape) == own:
-                state_dict[f"{prefix}compressed.blob"] = self.compressed.recompress(dense).blob
+                adopts = local_metadata.get("assign_to_params_buffers", False)
+                found = self.compressed.recompress(dense, dense.dtype if adopts else self.compressed.dtype)
+                state_dict[f"{prefix}compressed.blob"] = found.blob
             else:
                 errors.append(f"size mismatch for {prefix}weight: got {list(dense.shape)}, the layer has {list(own)}.")
                 state_dict[f"{prefix}compressed.blob"] = self.blob
@@ -156,6 +88,9 @@ class CompressedLinear(CompressedLayer):
         bias: [out_features] or None.
         mode: "exact" (outputs bit for bit those of nn.Linear), "auto" or "fused": see `compressed_linear`. Can be set later.
         offload: as of `CompressedWeight`.
+
+    Works in torch.compile(fullgraph=True). Where a blob's sections lie is a constant of the graph, so layers that are compiled
+    one by one are a graph each: raise torch._dynamo.config.recompile_limit, or compile the model as a whole.
 
     Raises TypeError and ValueError.
     """
@@ -266,4 +201,14 @@ def dense_layer(layer: CompressedLayer, weight: nn.Parameter) -> nn.Module:
         else:
             raise TypeError(f"not a compressed layer: {type(layer).__name__}")
     made.weight = weight
-    return made.train(layer.training)
+    return in_place_of(layer, made)
+
+
+def in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """`new` in the mode of training, and with all attributes, of the layer that it takes the place of."""
+    vars(new).update({name: value for name, value in vars(old).items() if name not in _NOT_TAKEN_OVER})
+    return new.train(old.training)
+
+
+#: What nn.Module itself keeps, and the mode, which torch's layers do not have.
+_NOT_TAKEN_OVER = frozenset([*vars(nn.Module()), "mode"])

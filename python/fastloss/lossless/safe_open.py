@@ -56,7 +56,9 @@ class safe_open:
         self._device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         file = container.open_container(self._path)
         self._file: Any = file
-        self._entries = file_index.read(_stored(file), file.metadata(), check=verify != "off")
+        stored = _stored(file)
+        self._names = frozenset(stored)
+        self._entries = file_index.read(stored, file.metadata(), check=verify != "off")
         if self._entries is None:
             self._refuse_lost_blobs()
 
@@ -99,7 +101,8 @@ class safe_open:
 
         Raises KeyError where there is no such tensor.
         """
-        if name not in (self._open().keys() if self._entries is None else self._entries):
+        self._open()
+        if name not in (self._names if self._entries is None else self._entries):
             raise KeyError(f"{self._path} has no tensor {name!r}")
         return None if self._entries is None else self._entries[name]
 

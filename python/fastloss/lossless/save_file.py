@@ -62,6 +62,12 @@ def save_file(
         CorruptError: what was read back is not what was written.
     """
     container.package()
+    for what, given in (("tensors", tensors), ("metadata", {} if metadata is None else metadata)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{what} must be a mapping of names, got {type(given).__name__}")
+    for what, number in (("min_bytes", min_bytes), ("workers", workers)):
+        if not isinstance(number, int):
+            raise TypeError(f"{what} must be a whole number, got {number!r}")
     user = dict(metadata or {})
     _check(tensors, user, tier, codec, workers)
     content, entries = _collect(tensors, tier, codec, min_bytes, workers, progress)
