@@ -88,6 +88,8 @@ def lossless_rows(blob: Tensor, plan: Sequence[int], index: Tensor, dtype: torch
     bad = (index < 0) | (index >= rows)
     if bool(bad.any()):
         raise IndexError(f"row {int(index[bad][0])} is out of bounds: rows are 0..{rows - 1}")
+    if not columns:
+        return blob.new_empty((index.shape[0], 0), dtype=dtype)
     unique, inverse = index.unique(return_inverse=True)
     parts = [lossless_decode(blob, plan, int(r) * columns, columns, dtype) for r in unique]
     table = torch.stack(parts) if parts else blob.new_empty((0, columns), dtype=dtype)
