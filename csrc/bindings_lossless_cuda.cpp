@@ -122,8 +122,8 @@ void bind_lossless_cuda([[maybe_unused]] pybind11::module_ &m) {
         p.literals = pointer<int>(literals);
         r8_encode_cuda(p, device, pointer(stream));
       },
-      py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("frequencies"), py::arg("scratch"),
-      py::arg("lengths"), py::arg("literals"), py::arg("device"), py::arg("stream"));
+      py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("frequencies"), py::arg("scratch"), py::arg("lengths"),
+      py::arg("literals"), py::arg("device"), py::arg("stream"));
   m.def(
       "r8_move_cuda",
       [](uintptr_t scratch, int64_t numel, uintptr_t literals, uintptr_t offsets, uintptr_t data, int device,

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/byte_histogram.h"
 #include "cpu/lossless_linear.h"
 #include "cpu/p7_encode.h"
 
@@ -14,11 +15,17 @@ namespace {
 template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 ByteSplit split_of(uintptr_t x, int number, int64_t numel, uintptr_t field, const std::vector<uintptr_t> &planes,
-                   uintptr_t bits) {
+                   uintptr_t bits, uintptr_t block_crc = 0) {
   if (number < kBf16 || number > kE5m2 || int(planes.size()) != kSplits[number].byte_planes)
     throw std::invalid_argument("a number of kind 0 to 4 and its byte planes, got kind " + std::to_string(number) +
                                 " and " + std::to_string(planes.size()));
-  ByteSplit split = {pointer<void>(x), number, numel, pointer<uint8_t>(field), {}, pointer<uint8_t>(bits)};
+  ByteSplit split = {pointer<void>(x),
+                     number,
+                     numel,
+                     pointer<uint8_t>(field),
+                     {},
+                     pointer<uint8_t>(bits),
+                     pointer<uint32_t>(block_crc)};
   for (size_t p = 0; p < planes.size(); ++p) split.bytes[p] = pointer<uint8_t>(planes[p]);
   return split;
 }
@@ -57,20 +64,20 @@ void bind_lossless_encode(py::module_ &m) {
   m.def(
       "byte_split_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t field, const std::vector<uintptr_t> &planes, uintptr_t bits,
-         int isa) {
-        const ByteSplit args = split_of(x, number, numel, field, planes, bits);
+         uintptr_t block_crc, int isa) {
+        const ByteSplit args = split_of(x, number, numel, field, planes, bits, block_crc);
         py::gil_scoped_release release;
         byte_split_cpu(args, isa);
       },
       py::kw_only(), py::arg("x"), py::arg("number"), py::arg("numel"), py::arg("field"), py::arg("planes"),
-      py::arg("bits"), py::arg("isa"));
+      py::arg("bits"), py::arg("block_crc"), py::arg("isa"));
   m.def(
       "byte_histogram_cpu",
-      [](uintptr_t plane, int64_t numel, uintptr_t counts) {
+      [](uintptr_t plane, int64_t numel, uintptr_t counts, int isa) {
         py::gil_scoped_release release;
-        byte_histogram_cpu(pointer<uint8_t>(plane), numel, pointer<int64_t>(counts));
+        byte_histogram_cpu(pointer<uint8_t>(plane), numel, pointer<int64_t>(counts), isa);
       },
-      py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("counts"));
+      py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("counts"), py::arg("isa"));
   m.def(
       "lossless_linear_cpu",
       [](uintptr_t blob, const std::vector<int64_t> &plan, uintptr_t x, int64_t n, uintptr_t bias, uintptr_t out,

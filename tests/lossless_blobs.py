@@ -43,7 +43,7 @@ def p7(x: Tensor, columns: int = 0, layout: Layout = Layout.ROWS, keep_zeros: bo
     flat = to_tiles(x.view(INTEGERS[x.element_size()]), columns).view(x.dtype) if layout == Layout.TILES else x
     table = torch.from_numpy(pair_table(reference_p7.p7_histogram(flat).numpy()))
     codes, planes, bits, offsets, positions, values = reference_p7.p7_encode(flat, table)
-    parts = {
+    parts: dict[int, Tensor] = {
         Section.TABLE: table, Section.CODES: codes, Section.ESCAPE_OFFSETS: offsets, Section.ESCAPE_POSITIONS: positions,
         Section.ESCAPE_VALUES: values, Section.BITS: bits,
     }  # fmt: skip

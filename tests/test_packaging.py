@@ -74,7 +74,7 @@ def test_wheel(wheel: Path) -> None:
     ):
         assert needed in names
     assert any(n.startswith("fastloss/_C.") and n.endswith(".so") for n in names)
-    assert wheel.stat().st_size < 4_400_000, f"{wheel.stat().st_size} bytes"
+    assert wheel.stat().st_size < 5_200_000, f"{wheel.stat().st_size} bytes"
     assert not any(n.startswith(("triton_kernels/", "tests/", "bench/")) for n in names)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the lossless ops as their launchers launch them, for GPUs that are not there (see triton_quant_aot.py)."""
+"""The Triton kernels of the lossless ops as their launchers launch them, for GPUs that are not there (triton_quant_aot.py)."""
 
 from __future__ import annotations
 
@@ -119,5 +119,3 @@ def compile_lossless_case(case: QuantCase) -> dict[str, Cost]:
         if name not in costs or cost.spilled > costs[name].spilled:
             costs[name] = cost
     return costs
-
-

@@ -1,9 +1,9 @@
 """crc32c of blocks of bytes: programs of 16 KiB, a word a lane, folded by fixed tables and one product a lane.
 
-Without its initial value and final complement a CRC is linear over GF(2): zeros in front of a message change nothing, and the CRC of
-AB is that of A advanced by as many zero bytes as B has, plus (exclusive or) that of B. A lane takes every 256th word and advances
-its register by 1024 bytes with four look-ups a word; at the end it is advanced by what lies behind its last word, and all are added.
-Pieces of a block are added by an atomic exclusive or, of which the order does not show.
+Without its initial value and final complement a CRC is linear over GF(2): zeros in front of a message change nothing, and the
+CRC of AB is that of A advanced by as many zero bytes as B has, plus (exclusive or) that of B. A lane takes every 256th word and
+advances its register by 1024 bytes with four look-ups a word; at the end it is advanced by what lies behind its last word, and
+all are added. Pieces of a block are added by an atomic exclusive or, of which the order does not show.
 
 64 MB on an H200: 16 M words of four look-ups in a 4 KB table, 0.06-0.1 ms predicted.
 """

@@ -1,12 +1,12 @@
 """lossless_linear: x Wᵀ + bias for W in P7 (bf16, fp16), which is decoded in registers and never stored.
 
 W is split exactly: where a pair escapes, its codes give zeros, so the dense product leaves it out, and the second kernel adds the
-sparse list while it adds up the splits: every sum has one order, whatever the device. Even and odd columns are multiplied apart:
-a code gives one of each, and nothing has to be interleaved.
+sparse list while it adds up the splits: every sum has one order, whatever the device. Even and odd columns are multiplied
+apart: a code gives one of each, and nothing has to be interleaved.
 
-An H200, 4096 x 4096 in bf16: 24 MB, 5.6 us at the speed of memory, where dense weights take 7.8 us. A pair takes four byte loads and
-some 24 integer instructions: 9-13 us of issue with 1 or 2 rows, 14-20 us with 64; both launches 14-25 us predicted: about as fast
-as cuBLAS. The CUDA kernel reads fragments and has its table in shared memory; this one is what runs without it.
+An H200, 4096 x 4096 in bf16: 24 MB, 5.6 us at the speed of memory, where dense weights take 7.8 us. A pair takes four byte
+loads and some 24 integer instructions: 9-13 us of issue with 1 or 2 rows, 14-20 us with 64; both launches 14-25 us predicted:
+about as fast as cuBLAS. The CUDA kernel reads fragments and has its table in shared memory; this one is what runs without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from torch import Tensor
 
 from .common import on_device, wide
 from .lossless_decode import p7_parts
-from .lossless_numbers import BF16, BLOCK, FP16, PAIRS, UNIT_PAIRS, Plan, decoded_pair, escapes_of, matrix_of, place_in_unit
+from .lossless_numbers import (
+    BF16,
+    BLOCK,
+    FP16,
+    PAIRS,
+    UNIT_PAIRS,
+    Plan,
+    decoded_pair,
+    escapes_of,
+    matrix_of,
+    place_in_unit,
+)
 
 #: Rows of x up to which decoding in registers beats decoding once and a dense product.
 MOST_ROWS = 64
@@ -77,7 +88,7 @@ def pairs_from(table, codes, bytes0, bits, group, place, keep, numel, NUMBER: tl
 @triton.jit
 def weight_pairs(table, codes, bytes0, bits, row, column, R, K, numel, NUMBER: tl.constexpr, TILES: tl.constexpr,
                  BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """(even, odd): columns column + 2 j and column + 2 j + 1 [BM, BK / 2] of the rows from `row` on, zeros beyond the last column."""
+    """(even, odd): columns column + 2 j and column + 2 j + 1 [BM, BK / 2] of the rows from `row` on, zeros beyond the last."""
     if TILES:  # BK is 128, so all columns are there
         band = wide(tl.minimum(row // 16 + tl.arange(0, BM // 16), R // 16 - 1))
         group = (band * (K // 128) + column // 128) * 16  # of a unit's 16
@@ -112,7 +123,9 @@ def lossless_linear_kernel(x, table, codes, bytes0, bits, partial, M, R, K, stri
         acc1 = acc0
         for column in range(begin, end, BK):
             pair = column // 2 + k
-            even, odd = weight_pairs(table, codes, bytes0, bits, row, column, R, K, numel, NUMBER, TILES, BM, BK, tl.float32)
+            even, odd = weight_pairs(
+                table, codes, bytes0, bits, row, column, R, K, numel, NUMBER, TILES, BM, BK, tl.float32
+            )
             keep = pair < K // 2
             at = x + 2 * pair
             acc0 += even * tl.load(at, mask=keep, other=0.0).to(tl.float32)[None, :]
@@ -179,12 +192,12 @@ def combine_kernel(x, partial, bias, offsets, positions, values, y, M, R, K, str
 
 def takes(p: Plan, x: Tensor) -> bool:
     """Whether the fused kernel reads this blob and so many rows: what it does not is decoded and multiplied."""
-    return (
-        p.codec == 1 and p.number in (BF16.value, FP16.value) and p.columns % 2 == 0 and 0 < x.shape[0] <= MOST_ROWS
-    )
+    return p.codec == 1 and p.number in (BF16.value, FP16.value) and p.columns % 2 == 0 and 0 < x.shape[0] <= MOST_ROWS
 
 
-def lossless_linear(x: Tensor, p: Plan, bias: Tensor | None, *, tile: LinearTile | None = None, splits: int = 0) -> Tensor:
+def lossless_linear(
+    x: Tensor, p: Plan, bias: Tensor | None, *, tile: LinearTile | None = None, splits: int = 0
+) -> Tensor:
     """y [M, R] of x [M, K]."""
     x = x if x.stride(1) == 1 else x.contiguous()
     bias = None if bias is None else bias.contiguous()

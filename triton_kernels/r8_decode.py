@@ -1,9 +1,9 @@
 """R8: blocks of 32 interleaved rANS lanes to bytes, merged with the other planes as they come (docs/design.md).
 
-A warp decodes a block: 512 steps, each a look-up of 4 bytes, a multiply-add, a scan over the lanes that tells each where its next byte
-lies, and a store of 32 numbers. The chain of a step is some 250 cycles, so a block takes 75-100 us and as many blocks run side by
-side as the GPU holds warps (8,448 on an H200). 4096 x 4096 in bf16 (1,024 blocks): 80-110 us predicted; 100 M numbers and more are
-bound by the 90-120 instructions a step, 250-330 G numbers a second.
+A warp decodes a block: 512 steps, each a look-up of 4 bytes, a multiply-add, a scan over the lanes that tells each where its
+next byte lies, and a store of 32 numbers. The chain of a step is some 250 cycles, so a block takes 75-100 us, and as many blocks
+run side by side as the GPU holds warps (8,448 on an H200). 4096 x 4096 in bf16 (1,024 blocks): 80-110 us predicted; 100 M numbers
+and more are bound by the 90-120 instructions a step, 250-330 G numbers a second.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ EACH = 64  # entries a program
 
 @triton.jit
 def r8_table_kernel(frequencies, entries, EACH: tl.constexpr):
-    """entries [256]: symbol | slots of it << 9 | the slot's place among them << 18, of each slot, whatever the frequencies sum to;
-    a program makes EACH of them."""
+    """entries [256], of each slot: symbol | the symbol's slots << 9 | its place among them << 18, whatever the frequencies
+    sum to. A program makes EACH of them."""
     end = tl.cumsum(tl.load(frequencies + tl.arange(0, 256)).to(tl.int32), 0)
     slot = tl.program_id(0) * EACH + tl.arange(0, EACH)
     before = end[None, :] <= slot[:, None]
@@ -74,8 +74,8 @@ def number_of(symbol, bytes0, bytes1, bytes2, bits, raw, coded, local, count, ke
 def r8_decode_kernel(entries, offsets, data, which, bytes0, bytes1, bytes2, bits, out, size, numel, low, high, blocks,
                      NUMBER: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr,
                      BLOCKS: tl.constexpr):  # fmt: skip
-    """Slot s decodes block which[s] (s where there is no list, nothing where it is -1) to numbers s BLOCK.. of out, of which those
-    in low..high are kept. Cursors are counted from the payload's begin and never leave it, and no byte beyond DATA is read."""
+    """Slot s decodes block which[s] (s where there is no list, nothing where it is -1) to numbers s BLOCK.. of out, of which
+    those in low..high are kept. Cursors count from the payload's begin and never leave it; no byte beyond DATA is read."""
     s = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     block = s
     if which is not None:

@@ -8,6 +8,9 @@
 #include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
+// GCC 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for mistakes of ours.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 namespace fastloss {

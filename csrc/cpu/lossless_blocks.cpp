@@ -95,9 +95,11 @@ void LosslessBlocks::decode_groups(int64_t block, int64_t at, const uint8_t *cod
 }
 
 void LosslessBlocks::write_escapes(int64_t block, int64_t from, int64_t to, uint8_t *out) const {
-  const int64_t end = clamped(c.escape_offsets[block + 1], c.escapes);
+  const int64_t begin = clamped(c.escape_offsets[block], c.escapes);
+  // A block has no more pairs: hostile offsets would have every block walk the whole list.
+  const int64_t end = std::min(clamped(c.escape_offsets[block + 1], c.escapes), begin + kLosslessBlock / 2);
   const char *values = static_cast<const char *>(c.escape_values);
-  for (int64_t e = clamped(c.escape_offsets[block], c.escapes); e < end; ++e) {
+  for (int64_t e = begin; e < end; ++e) {
     const int64_t place = 2 * int64_t(c.escape_positions[e]);
     for (int64_t half = 0; half < 2; ++half)
       if (place + half >= from && place + half < to)

@@ -1,10 +1,10 @@
-// docs/design.md, "The lossless contract": the split of numbers, a block a task, and exact counts of bytes.
+// docs/design.md, "The lossless contract": the split of numbers, a block a task.
 #include "lossless_split.h"
+#include "crc32c.h"
 #include "encoder_blocks.h"
 #include "simd.h"
 
 #include <stdexcept>
-#include <vector>
 
 namespace fastloss {
 // bytes_with_bit: bit `bit` of kByteLanes bytes, one bit a byte.
@@ -76,39 +76,22 @@ SplitParts parts_of_block(const ByteSplit &args, int64_t block, uint8_t *field) 
 
 void byte_split_cpu(const ByteSplit &args, int isa) {
   const SplitGroups split = split_groups_for(args.number, isa);
+  const Split &parts_of = kSplits[args.number];
+  const Crc32c crc(isa);
   const uint8_t *x = static_cast<const uint8_t *>(args.x);
-  const int64_t block_bytes = kLosslessBlock * kSplits[args.number].bytes;
   each_run_of_blocks(args.numel, [&](int, int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b)
-      split_block(split, args.number, x + b * block_bytes, numbers_of_block(args.numel, b),
-                  parts_of_block(args, b, args.field + b * kLosslessBlock));
-  });
-}
-
-void byte_histogram_cpu(const uint8_t *plane, int64_t numel, int64_t *counts) {
-  // Several tables: equal bytes in a row would wait for one another's counts.
-  constexpr int kTables = 8;
-  std::vector<int64_t> sums(size_t(runs_of_blocks(numel)) * 256, 0);
-  each_run_of_blocks(numel, [&](int run, int64_t first, int64_t last) {
-    int64_t *sum = sums.data() + run * 256;
-    uint32_t tables[kTables][256] = {};
+    alignas(64) uint8_t unkept[kLosslessBlock]; // a part that nobody wants is written here, and again
     for (int64_t b = first; b < last; ++b) {
-      const uint8_t *bytes = plane + b * kLosslessBlock;
-      const int64_t count = numbers_of_block(numel, b);
-      int64_t i = 0;
-      for (; i + kTables <= count; i += kTables) {
-        uint64_t eight;
-        memcpy(&eight, bytes + i, 8);
-        for (int t = 0; t < kTables; ++t) ++tables[t][uint8_t(eight >> 8 * t)];
-      }
-      for (; i < count; ++i) ++tables[0][bytes[i]];
-      if (b + 1 < last && (b - first + 1) % 65536) continue; // long before a count overflows
-      for (auto &table : tables)
-        for (int s = 0; s < 256; ++s) sum[s] += table[s], table[s] = 0;
+      const int64_t count = numbers_of_block(args.numel, b);
+      const uint8_t *numbers = x + b * kLosslessBlock * parts_of.bytes;
+      SplitParts parts = parts_of_block(args, b, args.field ? args.field + b * kLosslessBlock : unkept);
+      for (int p = 0; p < parts_of.byte_planes; ++p)
+        if (!args.bytes[p]) parts.bytes[p] = unkept;
+      for (int p = 0; p < parts_of.bit_planes && !args.bits; ++p) parts.bits[p] = unkept;
+      split_block(split, args.number, numbers, count, parts);
+      if (args.block_crc) args.block_crc[b] = crc.of(numbers, count * parts_of.bytes);
     }
   });
-  for (int s = 0; s < 256; ++s) counts[s] = 0;
-  for (size_t i = 0; i < sums.size(); ++i) counts[i % 256] += sums[i];
 }
 
 } // namespace fastloss

@@ -1,4 +1,4 @@
-// Numbers to fields, byte planes and bit planes, and counts of bytes: docs/design.md, "The lossless contract".
+// Numbers to fields, byte planes and bit planes: docs/design.md, "The lossless contract".
 #pragma once
 #include "../lossless.h"
 
@@ -23,13 +23,13 @@ struct ByteSplit {
   int64_t numel;
   uint8_t *field, *bytes[kMostBytePlanes]; // each [padded]
   uint8_t *bits;                           // section BITS
+  uint32_t *block_crc;                     // [blocks]
 };
 
 // The parts of block `block`, of `field` there.
 SplitParts parts_of_block(const ByteSplit &args, int64_t block, uint8_t *field);
 
-// isa as in cpu.h.
+// Parts that are null are not kept. isa as in cpu.h.
 void byte_split_cpu(const ByteSplit &args, int isa);
-void byte_histogram_cpu(const uint8_t *plane, int64_t numel, int64_t *counts);
 
 } // namespace fastloss

@@ -1,9 +1,9 @@
-// crc32c of every `block` bytes (docs/design.md, "The lossless contract"). A checksum is a remainder of polynomials over
-// GF(2), and remainders of parts are put together by products with powers of x. A block is cut into pieces of 32 KB; a
-// warp reads a piece in rows of 128 bytes, lane l the l-th word, and keeps the remainder of its column: one row further
-// is a product with x^1024, four look-ups. Columns and pieces are then summed, each times its power. All parts are
-// aligned to the end of the block: zeros in front of a message do not change its remainder, so the first part may be
-// short. What the initial value 2^32 - 1 of a checksum adds depends on the length alone.
+// crc32c of every `block` bytes (docs/design.md, "The lossless contract"). A checksum is a remainder of polynomials
+// over GF(2), and remainders of parts are put together by products with powers of x. A block is cut into pieces of 32
+// KB; a warp reads a piece in rows of 128 bytes, lane l the l-th word, and keeps the remainder of its column: one row
+// further is a product with x^1024, four look-ups. Columns and pieces are then summed, each times its power. All parts
+// are aligned to the end of the block: zeros in front of a message do not change its remainder, so the first part may
+// be short. What the initial value 2^32 - 1 of a checksum adds depends on the length alone.
 #include "common.cuh"
 
 #include "lossless_codecs.h"

@@ -1,14 +1,15 @@
-// lossless_decode of P7 (docs/design.md, "The lossless contract"). A thread block has a block of 16,384 numbers. Its codes
-// come to shared memory by cp.async; the bytes beside them go straight to registers, all of them on their way before
-// the first is used. The table of pairs lies in shared memory 32 times, once a bank: look-ups never collide. A thread
-// has eight numbers at a time, one store of 16 bytes. Then the escapes are written over.
+// lossless_decode of P7 (docs/design.md, "The lossless contract"). A thread block has a block of 16,384 numbers. Its
+// codes come to shared memory by cp.async; the bytes beside them go straight to registers, all of them on their way
+// before the first is used. The table of pairs lies in shared memory 32 times, once a bank: look-ups never collide. A
+// thread has eight numbers at a time, one store of 16 bytes. Then the escapes are written over.
 #include "p7_pairs.cuh"
 
 namespace fastloss {
 namespace {
 
 constexpr int kThreads = 256, kRounds = kEights / kThreads;
-static_assert(kThreads * 8 == kUnit, "a round is a unit: lanes t 8 + i of warp g have the numbers of row g and row g + 8");
+static_assert(kThreads * 8 == kUnit,
+              "a round is a unit: lanes t 8 + i of warp g have the numbers of row g and row g + 8");
 
 // Lane 8 t + k of four, t = 0..3, gives its v[u] to lane 8 u + k, there v[t].
 __device__ inline void exchange(unsigned (&v)[4], int lane) {
@@ -48,7 +49,8 @@ __device__ inline void store_tile(const CudaLosslessDecode &p, int64_t at, int l
 }
 
 template <int NUMBER, bool TILES>
-__global__ void __launch_bounds__(kThreads, NUMBER == kBf16 ? TILES ? 5 : 6 : 4) decode_kernel(const __grid_constant__ CudaLosslessDecode p) {
+__global__ void __launch_bounds__(kThreads, NUMBER == kBf16 ? TILES ? 5 : 6 : 4)
+    decode_kernel(const __grid_constant__ CudaLosslessDecode p) {
   using Integer = typename Parts<NUMBER>::Integer;
   constexpr int kAhead = NUMBER == kBf16 ? kRounds : 2; // rounds whose bytes are under way, in registers
   SHARED_ARRAY(uint4, codes, [kCodeBytes / 16 + 1]);    // the last eight numbers read a word too many

@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant_
     const int words = min(kUnit, numbers - round * kUnit) / 32 * 7 / 2;
     if (thread < words) { // a word has bits of two threads
       const int from = thread * 8 / 7, offset = thread * 32 - from * 28;
-      reinterpret_cast<unsigned *>(p.codes + block * (kLosslessBlock / kLosslessGroup * 56))[round * (kThreads * 7 / 8) +
-                                                                                            thread] =
+      reinterpret_cast<unsigned *>(
+          p.codes + block * (kLosslessBlock / kLosslessGroup * 56))[round * (kThreads * 7 / 8) + thread] =
           codes[from] >> offset | codes[from + 1] << (28 - offset);
     }
     __syncthreads(); // codes are read
@@ -102,8 +102,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant_
 }
 
 // The escapes of a block in rising order: a thread has the four pairs of eight numbers.
-template <int NUMBER>
-__global__ void __launch_bounds__(kThreads) list_kernel(const __grid_constant__ CudaP7Encode p) {
+template <int NUMBER> __global__ void __launch_bounds__(kThreads) list_kernel(const __grid_constant__ CudaP7Encode p) {
   using Integer = typename Parts<NUMBER>::Integer;
   SHARED_ARRAY(int, of_warp, [kThreads / 32]);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -111,7 +110,8 @@ __global__ void __launch_bounds__(kThreads) list_kernel(const __grid_constant__ 
   if (p.offsets[block] == p.offsets[block + 1]) return;
   const int64_t padded = (p.numel + kLosslessGroup - 1) / kLosslessGroup * kLosslessGroup;
   const int numbers = int(min(kLosslessBlock, padded - begin));
-  const auto *const codes = reinterpret_cast<const unsigned *>(p.codes + block * (kLosslessBlock / kLosslessGroup * 56));
+  const auto *const codes =
+      reinterpret_cast<const unsigned *>(p.codes + block * (kLosslessBlock / kLosslessGroup * 56));
   const Integer *const from = static_cast<const Integer *>(p.numbers);
   int64_t next = p.offsets[block];
   for (int round = 0; round * kUnit < numbers; ++round) {

@@ -27,7 +27,8 @@ template <int NUMBER, class F> __device__ inline void pair_fields(unsigned (&wor
 }
 
 // Writes the escapes of a block over: of its pairs put(number, value) is called for both numbers, by `threads` threads.
-// Offsets are clamped to the list and positions beyond the block are skipped.
+// Offsets are clamped to the list, a block's count to its pairs (hostile ones would have every block walk the whole
+// list), and positions beyond the block are skipped.
 template <int NUMBER, class F>
 __device__ inline void put_escapes(const Compressed &c, int64_t block, int thread, int threads, F put) {
   using Integer = typename Parts<NUMBER>::Integer;
@@ -36,8 +37,8 @@ __device__ inline void put_escapes(const Compressed &c, int64_t block, int threa
     return max(int64_t(0), min(c.escapes, int64_t(__ldg(reinterpret_cast<const long long *>(c.escape_offsets) + at))));
   };
   const Integer *const values = static_cast<const Integer *>(c.escape_values);
-  const int64_t end = bound(block + 1);
-  for (int64_t e = bound(block) + thread; e < end; e += threads) {
+  const int64_t begin = bound(block), end = min(bound(block + 1), begin + kLosslessBlock / 2); // no more pairs
+  for (int64_t e = begin + thread; e < end; e += threads) {
     const int position = __ldg(c.escape_positions + e);
     if (position >= kLosslessBlock / 2) continue;
     const int64_t number = block * kLosslessBlock + 2 * position;

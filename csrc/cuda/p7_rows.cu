@@ -1,5 +1,5 @@
-// lossless_rows of P7 (docs/design.md, "The lossless contract"): the groups that a row touches, and nothing else. A thread
-// block has up to 16,384 columns of one row; they lie in one block of the sequence or in two.
+// lossless_rows of P7 (docs/design.md, "The lossless contract"): the groups that a row touches, and nothing else. A
+// thread block has up to 16,384 columns of one row; they lie in one block of the sequence or in two.
 #include "p7_pairs.cuh"
 
 namespace fastloss {
@@ -8,7 +8,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kSegment = kLosslessBlock;
 
-template <int NUMBER> __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ CudaLosslessRows p) {
+template <int NUMBER>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ CudaLosslessRows p) {
   using Integer = typename Parts<NUMBER>::Integer;
   SHARED_ARRAY(unsigned, table, [kPairCodes]);
   const Compressed &c = p.blob;

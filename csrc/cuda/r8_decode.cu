@@ -1,6 +1,6 @@
-// lossless_decode and lossless_rows of R8 (docs/design.md, "The lossless contract"). A warp has a block: lane l has rANS
-// state l. A look-up gives symbol, frequency and bias of a slot at once; the lanes that need a byte find theirs by a
-// ballot, and so do those whose symbol is an escape. Eight steps are 256 bytes of shared memory, from which each lane
+// lossless_decode and lossless_rows of R8 (docs/design.md, "The lossless contract"). A warp has a block: lane l has
+// rANS state l. A look-up gives symbol, frequency and bias of a slot at once; the lanes that need a byte find theirs by
+// a ballot, and so do those whose symbol is an escape. Eight steps are 256 bytes of shared memory, from which each lane
 // takes eight numbers and puts the raw planes beside them: one store of 16 bytes. The planes of a number that are coded
 // are decoded side by side, and no plane is ever written to memory.
 #include "lossless_numbers.cuh"
@@ -44,7 +44,8 @@ struct Stream {
   // Offsets are clamped to the data. What is read beyond a payload lies within 64 bytes of the section's end.
   __device__ void open(const RansPlane &plane, int64_t block, int lane) {
     const auto bound = [&](int64_t at) {
-      return max(int64_t(0), min(plane.data_bytes, int64_t(__ldg(reinterpret_cast<const long long *>(plane.offsets) + at))));
+      return max(int64_t(0),
+                 min(plane.data_bytes, int64_t(__ldg(reinterpret_cast<const long long *>(plane.offsets) + at))));
     };
     const int64_t begin = bound(block);
     payload = plane.data + begin;
@@ -89,8 +90,7 @@ template <int NUMBER> __device__ inline void build_tables(const Compressed &c, S
 }
 
 // Fields that fill eight bytes, each in its place.
-template <int NUMBER>
-__device__ inline void place_fields(unsigned (&word)[Parts<NUMBER>::kWords], uint2 fields) {
+template <int NUMBER> __device__ inline void place_fields(unsigned (&word)[Parts<NUMBER>::kWords], uint2 fields) {
   if constexpr (NUMBER == kBf16 || NUMBER == kFp16) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {

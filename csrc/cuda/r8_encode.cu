@@ -1,6 +1,7 @@
-// The encoder of R8 (docs/design.md, "The lossless contract"): byte_split, byte_histogram and r8_encode. A warp encodes a
-// block, from its last step to its first: the stream grows backwards from the end of its scratch, the literals of
-// escapes forwards from the start of theirs. When the lengths have been summed, a second pass moves both to their place.
+// The encoder of R8 (docs/design.md, "The lossless contract"): byte_split, byte_histogram and r8_encode. A warp encodes
+// a block, from its last step to its first: the stream grows backwards from the end of its scratch, the literals of
+// escapes forwards from the start of theirs. When the lengths have been summed, a second pass moves both to their
+// place.
 #include "lossless_split.cuh"
 
 namespace fastloss {
@@ -30,7 +31,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < kThreads / 32 * kSlots; i += kThreads) (&count[0][0])[i] = 0;
   __syncthreads(); // zeros
   unsigned *const mine = count[threadIdx.x / 32];
-  for (int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 8; at < numel; at += int64_t(gridDim.x) * kThreads * 8) {
+  for (int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 8; at < numel;
+       at += int64_t(gridDim.x) * kThreads * 8) {
     const uint2 eight = __ldcs(reinterpret_cast<const uint2 *>(plane + at)); // padded to a group
 #pragma unroll
     for (int k = 0; k < 8; ++k)
@@ -42,7 +44,8 @@ __global__ void __launch_bounds__(kThreads)
   if (sum) atomicAdd(counts + threadIdx.x, 1ull * sum);
 }
 
-// Start | frequency << 16 of the 256 bytes and of the escape; a byte without slots has those of the escape, and kEscape.
+// Start | frequency << 16 of the 256 bytes and of the escape; a byte without slots has those of the escape, and
+// kEscape.
 constexpr unsigned kEscape = 1u << 31;
 
 __global__ void __launch_bounds__(kWarps * 32) encode_kernel(const __grid_constant__ CudaR8Encode p) {

@@ -219,7 +219,6 @@ def r8_encode_cuda(
 def r8_move_cuda(
     *, scratch: int, numel: int, literals: int, offsets: int, data: int, device: int, stream: int
 ) -> None: ...  # fmt: skip
-
 def dfloat11_decode_cuda(
     *, luts: int, tables: int, codes: int, code_bytes: int, sign_mantissa: int, output_positions: int, gaps: int,
     gap_bytes: int, out: int, numel: int, threads: int, device: int, stream: int,
@@ -307,7 +306,7 @@ def p7_encode_cpu(
     block_crc: int, isa: int,
 ) -> Escapes: ...  # fmt: skip
 def byte_split_cpu(
-    *, x: int, number: int, numel: int, field: int, planes: list[int], bits: int, isa: int
+    *, x: int, number: int, numel: int, field: int, planes: list[int], bits: int, block_crc: int, isa: int
 ) -> None: ...  # fmt: skip
-def byte_histogram_cpu(*, plane: int, numel: int, counts: int) -> None: ...
+def byte_histogram_cpu(*, plane: int, numel: int, counts: int, isa: int) -> None: ...
 def lossless_linear_cpu(*, blob: int, plan: list[int], x: int, n: int, bias: int, out: int, isa: int) -> bool: ...

@@ -26,9 +26,11 @@ FLAGS = {
 CACHE = ROOT / "build" / "cuda_host"  # the tree's own: a folder that others can write to could hold any library
 
 #: `only="bits"`: these kernels, and bits_capi.cpp.
+_LOSSLESS = ("p7_decode", "p7_rows", "r8_decode", "crc32c", "p7_encode", "r8_encode")
 GROUPS = {
     "bits": ("bgemm", "hamming_topk"),
-    "lossless": ("p7_decode", "p7_rows", "r8_decode", "crc32c", "p7_encode", "r8_encode"),
+    "lossless": _LOSSLESS,
+    "lossless_passes": _LOSSLESS,
 }
 
 Patch = tuple[str, str, str]
@@ -79,6 +81,8 @@ def build(
     own = HERE / f"{only}_capi.cpp"
     capi = own.name if own.exists() else "capi.cpp"
     texts["capi.cpp"] = (HERE / capi).read_text() if program is None else program
+    if only == "lossless_passes":
+        texts["lossless_capi.cpp"] = (HERE / "lossless_capi.cpp").read_text()
     key = hashlib.sha256(repr((variant, FLAGS[variant], texts, only)).encode()).hexdigest()[:20]
     out = CACHE / f"{key}.{'so' if program is None else 'exe'}"
     if out.exists():
@@ -137,8 +141,10 @@ def load(path: Path) -> ctypes.CDLL:
         "c_lossless_rows",
         "c_p7_encode",
         "c_p7_histogram",
+        "c_p7_pass",
         "c_pointwise",
         "c_r8_encode",
+        "c_r8_pass",
         "c_region_stats",
         "c_run",
         "c_sample",

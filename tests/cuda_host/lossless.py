@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def r8_encode(library: Path, plane: Bytes, frequencies: Bytes, numel: int) -> By
 
 
 #: What a case calls, by its name.
-CALLS = {
+CALLS: dict[str, Callable[..., Bytes]] = {
     "decode": decode, "rows": rows, "crc32c": crc32c, "p7_histogram": p7_histogram, "p7_encode": p7_encode,
     "byte_split": byte_split, "byte_histogram": byte_histogram, "r8_encode": r8_encode,
 }  # fmt: skip

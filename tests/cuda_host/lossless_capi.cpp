@@ -48,8 +48,9 @@ const char *c_p7_histogram(const void *numbers, int64_t numel, int number, unsig
 const char *c_p7_encode(const void *numbers, int64_t numel, int number, const uint8_t *table, uint8_t *codes,
                         uint8_t *const *bytes, uint8_t *bits, int64_t *offsets, uint16_t *positions, void *values) {
   std::vector<uint8_t> codes_of(65536);
-  const CudaP7Encode p{numbers, numel, number,  nullptr,     table,   codes_of.data(),
-                       codes,   {{bytes[0], bytes[1], bytes[2]}, bits}, offsets + 1, offsets, positions, values};
+  const CudaP7Encode p{numbers,     numel,           number,    nullptr,
+                       table,       codes_of.data(), codes,     {{bytes[0], bytes[1], bytes[2]}, bits},
+                       offsets + 1, offsets,         positions, values};
   return guard([&] {
     p7_encode_launch(p, nullptr);
     offsets[0] = 0;
@@ -59,13 +60,15 @@ const char *c_p7_encode(const void *numbers, int64_t numel, int number, const ui
 }
 const char *c_byte_split(const void *numbers, int64_t numel, int number, uint8_t *field, uint8_t *const *bytes,
                          uint8_t *bits) {
-  return guard([&] { byte_split_launch({numbers, numel, number, field, {{bytes[0], bytes[1], bytes[2]}, bits}}, nullptr); });
+  return guard(
+      [&] { byte_split_launch({numbers, numel, number, field, {{bytes[0], bytes[1], bytes[2]}, bits}}, nullptr); });
 }
 const char *c_byte_histogram(const uint8_t *plane, int64_t numel, unsigned long long *counts, int blocks) {
   return guard([&] { byte_histogram_launch(plane, numel, counts, blocks, nullptr); });
 }
 // data has room for the longest payload of every block.
-const char *c_r8_encode(const uint8_t *plane, int64_t numel, const uint8_t *frequencies, int64_t *offsets, uint8_t *data) {
+const char *c_r8_encode(const uint8_t *plane, int64_t numel, const uint8_t *frequencies, int64_t *offsets,
+                        uint8_t *data) {
   const int64_t blocks = lossless_blocks(numel);
   std::vector<uint8_t> scratch(size_t(blocks * kR8Scratch));
   std::vector<int> literals{};

@@ -50,7 +50,7 @@ def encoded(x: Tensor, codec: Codec, layout: Layout = Layout.ROWS) -> Compressed
     if layout == Layout.TILES:
         flat = to_tiles(flat.view(INTEGERS[x.element_size()]), x.shape[1]).view(x.dtype)
     with registry.use_backend("reference"):
-        parts = _p7(flat, x.dim())[0] if codec == Codec.P7 else _r8(flat)
+        parts = (_p7 if codec == Codec.P7 else _r8)(flat, x.dim())[0]
     parts[Section.BLOCK_CRC] = _crc(flat)  # the reference's takes a second: test_crc32c looks at this one's
     return CompressedTensor(*header.build(codec, layout, x.dtype, x.shape, parts))
 

@@ -14,11 +14,16 @@ from triton_lossless_aot import CALLS, DTYPES, QuantCase, compile_lossless_case,
 
 
 def cases() -> list[QuantCase]:
-    """Every call in bfloat16 and float16 for sm_90, in bfloat16 for every GPU; streams and P7 of the other dtypes."""
-    made = [QuantCase(name, "bf16", target) for name in CALLS for target in SHARED_LIMIT]
-    made += [QuantCase(name, "fp16", "sm_90") for name in CALLS]
-    made += [QuantCase(name, "fp16", "sm_80") for name in ("linear 64", "linear 64 tiles", "gather p7")]
-    others = ("p7 rows", "p7 tiles", "gather p7", "r8", "gather r8")
+    """Every call in bfloat16 for sm_90, the largest for every GPU; what takes more registers in other dtypes."""
+    made = [QuantCase(name, "bf16", "sm_90") for name in CALLS]
+    everywhere = ("p7 rows", "p7 tiles", "r8", "linear 16", "linear 64 tiles", "crc32c")
+    made += [QuantCase(name, "bf16", target) for target in ("sm_80", "sm_100") for name in everywhere]
+    made += [
+        QuantCase(name, "fp16", "sm_90")
+        for name in ("p7 rows", "gather p7", "linear 1", "linear 64", "linear 64 tiles")
+    ]
+    made.append(QuantCase("linear 64", "fp16", "sm_80"))
+    others = ("p7 rows", "gather p7", "gather r8")
     made += [QuantCase(name, dtype, "sm_80") for name in others for dtype in DTYPES if dtype not in ("bf16", "fp16")]
     return [case for case in made if takes(case.name, case.dtype)]
 

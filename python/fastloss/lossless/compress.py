@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ from .contract import (
     has_tiles,
     pair_table,
 )
-from .cpp_encode import p7_encode_within, p7_sizes
+from .cpp_encode import field_of, p7_encode_within, p7_sizes, r8_planes_within, r8_sizes
+from .cpp_r8 import r8_payloads
 from .tiles import to_tiles
 
 CODECS = {"raw": Codec.RAW, "p7": Codec.P7, "r8": Codec.R8}
@@ -30,6 +33,8 @@ TIERS = ("fused", "storage")
 LAYOUTS = {"rows": Layout.ROWS, "tiles": Layout.TILES}
 #: Bits a byte above which a byte plane is stored raw: coding it would save less than decoding costs.
 WORTH_CODING = 7.6
+#: Numbers up to which all of them are looked at to see whether a plane is noise; of more a sample.
+_SAMPLED = 64 * BLOCK
 
 
 def compress(
@@ -47,14 +52,15 @@ def compress(
         verify: decode the result and compare before returning it.
 
     Raises:
-        TypeError: not a tensor, or a dtype that cannot be stored.
-        ValueError: an unknown codec, tier or layout, or a layout that this tensor cannot have.
+        TypeError: not a dense tensor with memory of its own, or a dtype that cannot be stored.
+        ValueError: an unknown codec, tier or layout, a layout that this tensor cannot have, more than 64 dimensions, or a
+            shape whose extents, zeros left out, multiply to 2^62 or more.
     """
     _check(tensor, codec, tier, layout)
     chosen = _choose(tensor.dtype, codec, tier)
     if chosen == Codec.RAW or not tensor.numel():
-        return _raw(tensor)
-    flat = tensor.detach().contiguous().reshape(-1)
+        return _raw(_flat(tensor), tensor.shape)
+    flat = _flat(tensor)
     if layout == "tiles":
         if chosen != Codec.P7 or tensor.dim() != 2 or not has_tiles(*tensor.shape):
             raise ValueError(
@@ -62,9 +68,9 @@ def compress(
                 f"got {chosen.name} of {list(tensor.shape)}"
             )
         flat = to_tiles(_integers(flat), tensor.shape[1]).view(tensor.dtype)
-    parts, within = _p7(flat, tensor.dim()) if chosen == Codec.P7 else (_r8(flat), None)
+    parts, within = (_p7 if chosen == Codec.P7 else _r8)(flat, tensor.dim())
     if sum(-(-p.numel() // 64) * 64 for p in parts.values()) >= flat.numel() * flat.element_size():
-        return _raw(tensor)
+        return _raw(flat if layout == "rows" else _flat(tensor), tensor.shape)
     if Section.BLOCK_CRC not in parts:
         parts[Section.BLOCK_CRC] = _crc(flat)
     compressed = CompressedTensor(*header.build(chosen, LAYOUTS[layout], tensor.dtype, tensor.shape, parts, within))
@@ -94,14 +100,16 @@ def decompress(compressed: CompressedTensor, out: Tensor | None = None, verify: 
 def _check(tensor: Tensor, codec: str, tier: str, layout: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"compress takes a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise TypeError(f"compress takes dense tensors, got layout {tensor.layout} on {tensor.device}")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else f"layout {tensor.layout}"
+        raise TypeError(f"compress takes dense tensors, got {kind} on {tensor.device}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"compress takes {', '.join(str(d) for d in DTYPES)}, got {tensor.dtype}")
     if codec != "auto" and codec not in CODECS:
         raise ValueError(f"codec must be 'auto' or one of {', '.join(CODECS)}, got {codec!r}")
     if tier not in TIERS:
         raise ValueError(f"tier must be one of {', '.join(TIERS)}, got {tier!r}")
+    header.check_shape(tensor.shape)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
@@ -116,6 +124,21 @@ def _choose(dtype: torch.dtype, codec: str, tier: str) -> Codec:
     return chosen
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """Its numbers in row-major order; what PyTorch conjugates or negates only when it is read, as it reads."""
+    flat = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.numel() and not _address(flat):
+        raise TypeError(f"compress takes tensors with memory of their own, got {type(tensor).__name__} without")
+    return flat.as_strided(flat.shape, (1,))  # a single number may have any stride
+
+
+def _address(flat: Tensor) -> int:
+    try:
+        return flat.data_ptr()
+    except RuntimeError:  # tensors of torch.func, and some subclasses
+        return 0
+
+
 def _integers(flat: Tensor) -> Tensor:
     """The same bits as integers, so that nothing that moves them touches a NaN's payload."""
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
@@ -126,12 +149,11 @@ def _crc(flat: Tensor) -> Tensor:
     return torch.where(crc >= 1 << 31, crc - (1 << 32), crc).to(torch.int32).view(torch.uint8)
 
 
-def _raw(tensor: Tensor) -> CompressedTensor:
-    flat = tensor.detach().contiguous().reshape(-1)
+def _raw(flat: Tensor, shape: Sequence[int]) -> CompressedTensor:
     parts: dict[int, Tensor] = {Section.RAW: flat.view(torch.uint8)}
     if flat.numel():
         parts[Section.BLOCK_CRC] = _crc(flat)
-    return CompressedTensor(*header.build(Codec.RAW, Layout.ROWS, tensor.dtype, tensor.shape, parts))
+    return CompressedTensor(*header.build(Codec.RAW, Layout.ROWS, flat.dtype, shape, parts))
 
 
 def _p7(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room | None]:
@@ -156,16 +178,18 @@ def _p7(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
     return parts, None
 
 
-def _r8(flat: Tensor) -> dict[int, Tensor]:
+def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room | None]:
+    """The sections, and where that can be known beforehand the blob that they lie in."""
+    if flat.numel() > _SAMPLED and registry.choose("byte_split", flat) == "cpp" and _rest_is_noise(flat):
+        return _r8_within(flat, dimensions)
     planes, bits = registry.run("byte_split", flat)
     parts: dict[int, Tensor] = {Section.BITS: bits}
     for p, plane in enumerate(planes):
+        if p and _is_noise(plane, flat.numel()):
+            parts[Section.BYTES0 + p - 1] = plane
+            continue
         counts = registry.run("byte_histogram", plane, flat.numel()).cpu().numpy()
         if p and counts[0] == flat.numel():
-            continue
-        # Nothing codes below the entropy: most mantissas need no table to be known as not worth coding.
-        if p and entropy_bits(counts) > (WORTH_CODING + 1e-6) * flat.numel():
-            parts[Section.BYTES0 + p - 1] = plane
             continue
         freq = frequencies(counts)
         if p and cost_bits(counts, freq) > WORTH_CODING * flat.numel():
@@ -175,4 +199,36 @@ def _r8(flat: Tensor) -> dict[int, Tensor]:
         offsets, data = registry.run("r8_encode", plane, table, flat.numel())
         first = Section.FIELD_FREQUENCIES + 3 * p
         parts |= {first: table, first + 1: offsets.view(torch.uint8), first + 2: data}
-    return parts
+    return parts, None
+
+
+def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room]:
+    """On a CPU, where the field alone is coded: its code tells all sizes, then the rest is split into the blob itself."""
+    field = field_of(flat)
+    freq = frequencies(registry.run("byte_histogram", field, flat.numel()).numpy())
+    table = torch.from_numpy(freq)
+    offsets, payloads = r8_payloads(field, table, flat.numel())
+    within = header.room(dimensions, r8_sizes(flat, payloads.bytes()), flat.device)
+    r8_planes_within(flat, within.parts)
+    payloads.copy_to(within.parts[Section.FIELD_DATA].data_ptr())
+    return {**within.parts, Section.FIELD_FREQUENCIES: table, Section.FIELD_OFFSETS: offsets.view(torch.uint8)}, within
+
+
+def _sample(x: Tensor) -> Tensor:
+    """One block in sixteen of more than _SAMPLED numbers."""
+    if x.numel() <= _SAMPLED:
+        return x
+    return x[: x.numel() // (16 * BLOCK) * 16 * BLOCK].reshape(-1, 16, BLOCK)[:, 0].reshape(-1)
+
+
+def _is_noise(plane: Tensor, numel: int) -> bool:
+    """Whether the sample has an entropy that no code gets below: most mantissas."""
+    sample = _sample(plane[:numel])
+    counts = registry.run("byte_histogram", sample, sample.numel()).cpu().numpy()
+    return entropy_bits(counts) > (WORTH_CODING + 1e-6) * sample.numel()
+
+
+def _rest_is_noise(flat: Tensor) -> bool:
+    """Whether `_is_noise` is true of every byte plane."""
+    sample = _sample(flat)
+    return all(_is_noise(plane, sample.numel()) for plane in registry.run("byte_split", sample)[0][1:])

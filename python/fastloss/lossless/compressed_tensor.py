@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -91,9 +92,11 @@ class CompressedTensor:
             return self._decoded(verify == "full")
         if verify == "full":  # before the first number is written: the caller's tensor stays as it is
             self._check_numbers()
-        if not out.is_contiguous() or not registry.able("lossless_decode_into", self.blob, self.plan, out.view(-1)):
+        lazy = out.is_neg() or out.is_conj()  # it reads as something else than its memory holds
+        if lazy or not out.is_contiguous() or not registry.able("lossless_decode_into", self.blob, self.plan, out.view(-1)):
             return out.copy_(self._decoded(False))
         registry.run("lossless_decode_into", self.blob, self.plan, out.view(-1))
+        torch.autograd.graph.increment_version(out)  # as any operation in place, for a graph that has saved it
         return out
 
     def _check_numbers(self) -> None:
@@ -122,6 +125,8 @@ class CompressedTensor:
 
         Only the touched rows are decoded. Raises IndexError (on a CPU) for a row that there is not.
         """
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index must be an integer tensor, got {type(index).__name__}")
         flat = torch.ops.fastloss.lossless_rows(self.blob, self.plan, index.reshape(-1), self.dtype)
         return flat.reshape(*index.shape, self.header.matrix[1])
 
@@ -130,7 +135,7 @@ class CompressedTensor:
 
         Raises IndexError where there is no such block.
         """
-        blocks = blocks_of(self.numel())
+        blocks, number = blocks_of(self.numel()), operator.index(number)
         if not 0 <= number < blocks:
             raise IndexError(f"block {number} is out of range: there are {blocks}")
         first = number * BLOCK
@@ -157,6 +162,8 @@ class CompressedTensor:
     def _check_content(self) -> None:
         """Raise CorruptError where tables and offsets contradict the contract (kernels survive it; numbers do not)."""
         sections = self.header.sections
+        if self.blob.is_meta:
+            raise ValueError("a blob on the meta device has no bytes that could be checked: verify='off'")
 
         def part(kind: int, dtype: torch.dtype) -> Tensor:
             offset, count, _ = sections[kind]
@@ -186,6 +193,8 @@ class CompressedTensor:
 
 
 def _check_out(compressed: CompressedTensor, out: Tensor) -> None:
+    if not isinstance(out, Tensor) or out.layout != torch.strided:
+        raise TypeError(f"out must be a dense tensor, got {out.layout if isinstance(out, Tensor) else type(out).__name__}")
     if out.dtype != compressed.dtype:
         raise TypeError(f"out must be {compressed.dtype}, got {out.dtype}")
     if out.shape != compressed.shape:
@@ -194,3 +203,20 @@ def _check_out(compressed: CompressedTensor, out: Tensor) -> None:
         raise ValueError(f"out must be on {compressed.device}, got {out.device}")
     if out.requires_grad:
         raise ValueError("out must not require a gradient: decoded numbers have none")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out must have memory for each of its numbers, got strides {list(out.stride())}")
+    if _overlap(compressed.blob, out):
+        raise ValueError("out must not share memory with the blob: numbers would be written over bytes not yet read")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the two span common bytes, those between their elements counted."""
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    if not a.numel() or not b.numel() or a.device.type == "meta":
+        return False
+    (first, end), (other_first, other_end) = span(a), span(b)
+    return first < other_end and other_first < end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,10 @@ def p7_sizes(x: Tensor, counts: np.ndarray, table: Tensor) -> dict[int, int]:
 
 
 def p7_encode_within(x: Tensor, table: Tensor, room: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Write the sections of P7 to their places of `p7_sizes` bytes; those places, without the planes that are all 0."""
+    """Write the sections of P7 to their places of `p7_sizes` bytes; those places, without the planes that are all 0.
+
+    Raises RuntimeError where another thread has written to `x` since its pairs were counted.
+    """
     parts = dict(room)
     planes = {kind: parts[kind] for kind in range(Section.BYTES0, Section.BYTES2 + 1) if kind in parts}
     parts[Section.TABLE].copy_(table)
@@ -108,6 +111,9 @@ def p7_encode_within(x: Tensor, table: Tensor, room: Mapping[int, Tensor]) -> di
         x, table, parts[Section.CODES], list(planes.values()), parts.get(Section.BITS),
         parts[Section.ESCAPE_OFFSETS], parts[Section.BLOCK_CRC],
     )  # fmt: skip
+    positions = parts.get(Section.ESCAPE_POSITIONS)
+    if escapes.count != (0 if positions is None else positions.numel() // 2):  # the places were counted beforehand
+        raise RuntimeError("the tensor changed while it was being compressed")
     if escapes.count:
         escapes.write(positions=pointer(parts[Section.ESCAPE_POSITIONS]), values=pointer(parts[Section.ESCAPE_VALUES]))
     return {kind: part for kind, part in parts.items() if kind not in planes or escapes.any(kind - Section.BYTES0)}
@@ -126,21 +132,56 @@ def p7_encode(x: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor], Tensor, T
     return codes, planes, bits, offsets, positions, values
 
 
+def _byte_split(
+    x: Tensor,
+    field: Tensor | None,
+    planes: Sequence[Tensor | None],
+    bits: Tensor | None,
+    block_crc: Tensor | None = None,
+) -> None:
+    """Write these parts of the numbers, and the checksums of their blocks; those that are None are left out."""
+    _C.byte_split_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), field=pointer(field),
+        planes=[pointer(p) for p in planes], bits=pointer(bits), block_crc=pointer(block_crc), isa=backend_cpp.ISA,
+    )  # fmt: skip
+
+
 @kernel("byte_split", "cpp", why_not_split)
 def byte_split(x: Tensor) -> tuple[list[Tensor], Tensor]:
     """([field, byte planes...], bit planes), x read once."""
     planes, bits = _planes(x)
     field = kept_memory.empty((padded(x.numel()),), torch.uint8)
-    _C.byte_split_cpu(  # type: ignore[union-attr]
-        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), field=pointer(field),
-        planes=[pointer(p) for p in planes], bits=pointer(bits), isa=backend_cpp.ISA,
-    )  # fmt: skip
+    _byte_split(x, field, planes, bits)
     return [field, *planes], bits
+
+
+def field_of(x: Tensor) -> Tensor:
+    """The field alone, padded."""
+    field = kept_memory.empty((padded(x.numel()),), torch.uint8)
+    _byte_split(x, field, [None] * SPLITS[NUMBERS[x.dtype]].byte_planes, None)
+    return field
+
+
+def r8_sizes(x: Tensor, data: int) -> dict[int, int]:
+    """The bytes of every section of R8 (BLOCK_CRC too) of the 1-D `x` of which only the field is coded, in `data` bytes."""
+    number, split = NUMBERS[x.dtype], SPLITS[NUMBERS[x.dtype]]
+    kinds = [Section.FIELD_FREQUENCIES, Section.FIELD_OFFSETS, Section.BLOCK_CRC, Section.BITS]
+    kinds += [Section(Section.BYTES0 + p) for p in range(split.byte_planes)]
+    sizes: dict[int, int] = {kind: section_bytes(kind, Codec.R8, number, x.numel(), x.itemsize) or 0 for kind in kinds}
+    return sizes | {Section.FIELD_DATA: data}
+
+
+def r8_planes_within(x: Tensor, room: Mapping[int, Tensor]) -> None:
+    """Write byte planes, bit planes and checksums to their places."""
+    planes = [room[Section.BYTES0 + p] for p in range(SPLITS[NUMBERS[x.dtype]].byte_planes)]
+    _byte_split(x, None, planes, room.get(Section.BITS), room[Section.BLOCK_CRC])
 
 
 @kernel("byte_histogram", "cpp", why_not_histogram)
 def byte_histogram(plane: Tensor, numel: int) -> Tensor:
     """How often each byte occurs among the first `numel`."""
     counts = torch.empty(SLOTS, dtype=torch.int64, device="cpu")
-    _C.byte_histogram_cpu(plane=pointer(plane), numel=numel, counts=pointer(counts))  # type: ignore[union-attr]
+    _C.byte_histogram_cpu(  # type: ignore[union-attr]
+        plane=pointer(plane), numel=numel, counts=pointer(counts), isa=backend_cpp.ISA
+    )
     return counts

@@ -20,7 +20,7 @@ MAJOR, MINOR = 1, 0
 _FIXED = struct.Struct("<4sBBBBBBHQQ")
 _SECTION = struct.Struct("<HHIQQ")
 _CRC = struct.Struct("<I")
-#: More dimensions than any tensor has.
+#: More dimensions than tensors in use have.
 _MOST_DIMENSIONS = 64
 #: Bytes from which on a blob's memory is kept for the next one: its whole pages of 2 MB then waste little.
 _WORTH_KEEPING = 32 << 20
@@ -46,7 +46,7 @@ class Header(NamedTuple):
     def matrix(self) -> tuple[int, int]:
         """(rows, columns): the last dimension is the columns; a scalar is 1 x 1."""
         columns = self.shape[-1] if self.shape else 1
-        return (self.numel // columns, columns) if columns else (0, 0)
+        return math.prod(self.shape[:-1]), columns
 
     def plan(self) -> list[int]:
         """The integers that kernels take."""
@@ -55,6 +55,19 @@ class Header(NamedTuple):
             offset, count, _ = self.sections.get(kind, (0, 0, 0))
             plan += (offset, count)
         return plan
+
+
+def _fits(shape: Sequence[int]) -> bool:
+    return len(shape) <= _MOST_DIMENSIONS and math.prod(max(d, 1) for d in shape) < 1 << 62
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Raise ValueError where a header cannot hold this shape."""
+    if not _fits(shape):
+        raise ValueError(
+            f"a blob has up to {_MOST_DIMENSIONS} dimensions, their extents (zeros left out) below 2^62 together, "
+            f"got {len(shape)} of {list(shape[:8])}{'...' if len(shape) > 8 else ''}"
+        )
 
 
 def _aligned(size: int) -> int:
@@ -127,9 +140,13 @@ def write(header: Header) -> bytes:
 def read(blob: Tensor) -> Header:
     """The header of a blob whose sections all lie where the contract puts them.
 
-    Raises FormatError where the bytes are no blob or of an unknown major version, CorruptError where they are damaged.
+    Raises TypeError for no dense tensor, FormatError where the bytes are no blob or of an unknown major version,
+    CorruptError where they are damaged.
     The content of sections is not looked at: see `CompressedTensor.verify`.
     """
+    if not isinstance(blob, Tensor) or blob.layout != torch.strided or blob.is_meta:
+        kind = f"{blob.layout} on {blob.device}" if isinstance(blob, Tensor) else type(blob).__name__
+        raise TypeError(f"a blob is a dense 1-D uint8 tensor, got {kind}")
     if blob.dtype != torch.uint8 or blob.dim() != 1:
         raise FormatError(f"a blob is a 1-D uint8 tensor, got {blob.dtype} {list(blob.shape)}")
     longest = _header_bytes(_MOST_DIMENSIONS, len(Section))
@@ -152,7 +169,7 @@ def read(blob: Tensor) -> Header:
     # From here on the header is what some writer wrote; it may still be a hostile one.
     if codec not in tuple(Codec) or layout not in tuple(Layout) or dtype not in _DTYPE_OF:
         raise CorruptError(f"unknown codec {codec}, layout {layout} or dtype {dtype}")
-    if math.prod(shape) != numel or math.prod(max(d, 1) for d in shape) >= 1 << 62 or size != blob.numel():
+    if math.prod(shape) != numel or not _fits(shape) or size != blob.numel():
         raise CorruptError(
             f"shape {list(shape)}, {numel} numbers and {size} of {blob.numel()} bytes contradict each other"
         )

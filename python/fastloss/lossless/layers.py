@@ -89,6 +89,9 @@ class CompressedLinear(CompressedLayer):
         mode: "exact" (outputs bit for bit those of nn.Linear), "auto" or "fused": see `compressed_linear`. Can be set later.
         offload: as of `CompressedWeight`.
 
+    Works in torch.compile(fullgraph=True). Where a blob's sections lie is a constant of the graph, so layers that are compiled
+    one by one are a graph each: raise torch._dynamo.config.recompile_limit, or compile the model as a whole.
+
     Raises TypeError and ValueError.
     """
 

@@ -91,7 +91,7 @@ def lossless_rows(blob: Tensor, plan: Sequence[int], index: Tensor, dtype: torch
     unique, inverse = index.unique(return_inverse=True)
     parts = [lossless_decode(blob, plan, int(r) * columns, columns, dtype) for r in unique]
     table = torch.stack(parts) if parts else blob.new_empty((0, columns), dtype=dtype)
-    return table.view(torch.uint8).reshape(len(parts), -1)[inverse].view(dtype).reshape(index.shape[0], columns)
+    return table.view(torch.uint8)[inverse].view(dtype).reshape(index.shape[0], columns)
 
 
 @kernel("lossless_linear", "reference")

@@ -60,7 +60,8 @@ def p7_patch(out: Tensor, first_block: int, offsets: Tensor, positions: Tensor, 
     blocks = blocks_of(out.numel())
     bounds = offsets[first_block : first_block + blocks + 1].clamp(0, positions.numel())
     for b in range(blocks):
-        at, end = int(bounds[b]), int(bounds[b + 1])
+        at = int(bounds[b])
+        end = min(int(bounds[b + 1]), at + BLOCK // 2)  # a block has no more pairs
         if end <= at:
             continue
         place = (positions[at:end].to(torch.int64) & 0xFFFF) * 2
