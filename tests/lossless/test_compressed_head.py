@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -160,6 +161,24 @@ def test_the_dense_head_never_exists() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):  # type: ignore[func-returns-value]
         FL.linear_cross_entropy(x.requires_grad_(), head, y, max_extra_bytes=limit)
     assert max(saved) == head.nbytes
+
+
+def test_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab, columns = 256, 16
+    head = compress(torch.randn(vocab, columns))
+    alive: list[weakref.ref[Tensor]] = []
+    real = head_chunks.scores
+
+    def scores(z: Tensor, scale: float, softcap: float) -> Tensor:
+        assert not any(ref() is not None for ref in alive), "the last chunk is still there when the next one is made"
+        made = real(z, scale, softcap)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(head_chunks, "scores", scores)
+    x, y = torch.randn(4, columns, requires_grad=True), torch.randint(vocab, (4,))
+    FL.linear_cross_entropy(x, head, y, max_extra_bytes=5000).backward()
+    assert len(alive) > 10
 
 
 def test_refuses_what_a_frozen_head_cannot_do() -> None:

@@ -135,3 +135,9 @@ def test_a_dtype_that_p7_does_not_take_is_a_reason_not_an_error_half_way(dtype: 
     report = compress_model(model, codec="p7", min_bytes=0)
     assert [layer.name for layer in report.compressed] == ["0"]
     assert report.skipped["1"] == f"codec p7 takes bf16, fp16 and fp32, not {dtype}"
+
+
+@pytest.mark.parametrize("names", [5, [1], ["a", None]])
+def test_names_are_strings(names: object) -> None:
+    with pytest.raises(TypeError, match="names, or a function of name and module, got"):
+        compress_model(Model(), include=names)  # type: ignore[arg-type]

@@ -140,13 +140,19 @@ def _transfer(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _codec(arguments: argparse.Namespace) -> str:
+    """The codec that pack is to take."""
+    of_tier = "p7" if arguments.tier == "fused" else "r8"
+    return of_tier if arguments.codec == "auto" else str(arguments.codec)
+
+
 def _transfer_file(source: Path, target: Path, arguments: argparse.Namespace, bar: ProgressBar) -> None:
     is_pack, start = arguments.command == "pack", time.perf_counter()
     dtype = DTYPES.get(arguments.dtype) if is_pack else None
     total = os.path.getsize(source)
     if target.exists():
         bar.begin(f"checking {target.name}", total)
-        if packing.is_same(source, target, dtype):
+        if packing.is_done(source, target, _codec(arguments) if is_pack else None, dtype):
             _say(arguments, f"{target}: already there")
             return
         if not arguments.force:
@@ -176,6 +182,8 @@ def _transfer_folder(source: Path, target: Path, arguments: argparse.Namespace, 
     for name in names:
         _transfer_file(source / name, target / name, arguments, bar)
     for name in packing.indexes(source):  # last of what belongs together: it tells that the shards are there
+        if (target / name).exists() and not arguments.force and not packing.is_index_of(target / name, source / name):
+            raise CommandError(EXISTS, f"{target / name} is there and is something else: --force overwrites it")
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         packing.write_index(source / name, target / name, is_pack, dtype)
     for name in packing.other_files(source):

@@ -157,7 +157,9 @@ def decompress_model(model: nn.Module, inplace: bool = True) -> nn.Module:
 def _matches(names: Names) -> Callable[[str, nn.Module], bool]:
     if callable(names):
         return names
-    patterns = [names] if isinstance(names, str) else list(names)
+    patterns = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f"include and exclude are names, or a function of name and module, got {wrong[0]!r}")
     return lambda name, _: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

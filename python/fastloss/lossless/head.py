@@ -76,7 +76,7 @@ def linear_cross_entropy(
     """`fastloss.functional.linear_cross_entropy` of a compressed head [V, D]; gradients of input and linear_bias.
 
     The vocabulary is taken in chunks of rows: a chunk is decoded, its logits join the row's running statistics, and it is
-    gone; the backward decodes it again. `max_extra_bytes` (64 MiB where it is not given) bounds a chunk of at least
+    gone; the backward decodes it again. `max_extra_bytes` (32 MiB where it is not given) bounds a chunk of at least
     16 rows and its logits.
 
     Raises what `linear_cross_entropy` raises, and ValueError for what the dense weight's gradient or a second derivative

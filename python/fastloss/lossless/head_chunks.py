@@ -18,7 +18,7 @@ from ..ops import _library
 from ..reference import INF, finite, scores
 
 #: Bytes of decoded weights and logits held at a time, unless `max_extra_bytes` says another number.
-EXTRA_BYTES = 64 << 20
+EXTRA_BYTES = 32 << 20
 
 
 class Chunk(NamedTuple):
@@ -51,16 +51,20 @@ def chunks(
     x: Tensor, blob: Tensor, plan: Sequence[int], dtype: torch.dtype, bias: Tensor | None, scale: float, softcap: float,
     limit: int,
 ) -> Iterator[Chunk]:  # fmt: skip
-    """The chunks of the head, one after the other."""
+    """The chunks of the head, one after the other: who asks for the next one should have let go of the last."""
     vocab, columns = plan[4], plan[5]
     step = rows_at_a_time(x.shape[0], vocab, columns, max(dtype.itemsize, x.element_size()), limit)
     there = blob.to(x.device, non_blocking=True)
-    for first in range(0, vocab, step):
+
+    def made(first: int) -> Chunk:
         count = min(step, vocab - first)
         weight = torch.ops.fastloss.lossless_decode(there, plan, first * columns, count * columns, dtype)
         weight = weight.reshape(count, columns).to(x.dtype)
         part = None if bias is None else bias[first : first + count]
-        yield Chunk(first, weight, scores(F.linear(x, weight, part), scale, softcap))
+        return Chunk(first, weight, scores(F.linear(x, weight, part), scale, softcap))
+
+    for first in range(0, vocab, step):
+        yield made(first)  # no name here holds a chunk while the next one is made
 
 
 class _Running:
@@ -153,6 +157,7 @@ def _row_stats(
     with torch.no_grad():
         for chunk in chunks(x, blob, plan, dtype, bias, scale, softcap, limit):
             running.add(chunk, target, prob, column_weight)
+            del chunk
     table, argmax = running.table(target is not None), running.argmax
     if target is not None:
         ignored = target == ignore_index
@@ -208,6 +213,7 @@ def _row_stats_backward(
                 parts.append(dz.sum(0))
             if needs & Needs.INPUT:
                 d_x += dz.to(x.dtype) @ chunk.weight
+            del chunk, dz
     d_bias = torch.cat(parts) if parts else d_x[:0].reshape(-1)
     return d_x.to(x.dtype), d_bias.to(x.dtype if bias is None else bias.dtype)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import container
 from .atomic_file import is_temporary, replacing
 from .errors import CorruptError, FormatError
-from .file_index import VERSION
+from .file_index import PLAIN, VERSION
 from .safe_open import safe_open
 from .save_file import save_file
 
@@ -32,19 +32,24 @@ class DifferError(ValueError):
 
 def shards(folder: Path) -> list[Path]:
     """The `.safetensors` files of a folder and its subfolders, relative to it."""
-    return sorted(p.relative_to(folder) for p in folder.rglob("*.safetensors") if p.is_file())
+    return sorted(p.relative_to(folder) for p in folder.rglob("*.safetensors") if _is_file(p))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether this is a file, or a link to one that is missing: to leave that out would lose a part of the model silently."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def other_files(folder: Path) -> list[Path]:
     """What goes along unchanged: all files but shards, indexes of shards and what killed writers left."""
-    found = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
+    found = (p for p in folder.rglob("*") if _is_file(p) and p.suffix != ".safetensors")
     kept = (p for p in found if not p.name.endswith(INDEX_SUFFIX) and not is_temporary(p.name))
     return sorted(p.relative_to(folder) for p in kept)
 
 
 def indexes(folder: Path) -> list[Path]:
     """The `*.safetensors.index.json` of a folder and its subfolders, relative to it."""
-    return sorted(p.relative_to(folder) for p in folder.rglob("*" + INDEX_SUFFIX) if p.is_file())
+    return sorted(p.relative_to(folder) for p in folder.rglob("*" + INDEX_SUFFIX) if _is_file(p))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -111,10 +116,15 @@ def compare(source: Path, packed: Path, dtype: torch.dtype | None = None, progre
                 progress(name, want.numel() * want.element_size())
 
 
-def is_same(source: Path, packed: Path, dtype: torch.dtype | None = None) -> bool:
-    """Whether `packed` is there and whole and holds what `source` does."""
+def is_done(source: Path, target: Path, codec: str | None, dtype: torch.dtype | None = None) -> bool:
+    """Whether `target` is there and whole, holds what `source` does, and is what was asked for: packed by `codec`, or (None)
+    an ordinary file."""
     try:
-        compare(source, packed, dtype)
+        with safe_open(target, verify="header") as file:
+            found = {entry.codec for name in file.keys() if (entry := file.entry(name))}
+            if file.is_compressed != (codec is not None) or not found <= {PLAIN, "raw", codec}:
+                return False
+        compare(source, target, dtype)
     except (CorruptError, DifferError, FormatError, FileNotFoundError):
         return False
     return True
@@ -154,6 +164,15 @@ def write_index(source: Path, target: Path, pack: bool, dtype: torch.dtype | Non
         metadata |= {VERSION: "1", STORED_SIZE: sum(file.stat().st_size for file in files)}
     with replacing(target) as out:
         out.write((json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+
+
+def is_index_of(index: Path, source: Path) -> bool:
+    """Whether `index` lists the same tensors in the same files as `source`, whatever it says of their sizes."""
+    try:
+        maps = [json.loads(path.read_text(encoding="utf-8"))["weight_map"] for path in (index, source)]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return bool(maps[0] == maps[1])
 
 
 def copy(source: Path, target: Path) -> None:
