@@ -49,7 +49,7 @@ def compress(
             What would come out larger than raw is stored raw, whatever is asked.
         tier: "fused" (P7; fp8 raw) or "storage" (R8); of account only for codec "auto".
         layout: "rows", or "tiles", in which a GPU's fused product reads P7 (2-D, rows a multiple of 16, columns of 128).
-        verify: decode the result and compare before returning it.
+        verify: check every byte of the result, decoded too, before returning it.
 
     Raises:
         TypeError: not a dense tensor with memory of its own, or a dtype that cannot be stored.
