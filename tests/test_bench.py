@@ -145,13 +145,13 @@ def test_gate_command(tmp_path: Path) -> None:
 
 def test_every_ceiling_names_a_group_that_is_measured() -> None:
     script = (
-        "import test_cross_entropy as c, test_linear_cross_entropy as l, test_margin as m, test_pairs as p;"
-        "print(c.SHAPES, l.SHAPES, m.LOGITS, m.HEAD, p.SHAPES)"
+        "import test_cross_entropy as c, test_linear_cross_entropy as l, test_lossless as w, test_margin as m, test_pairs as p;"
+        "print(c.SHAPES, l.SHAPES, w.TENSOR, w.PRODUCTS, m.LOGITS, m.HEAD, p.SHAPES)"
     )
     shapes = python("-c", script, PYTHONPATH="bench", FASTLOSS_BENCH_DEVICE="cpu", FASTLOSS_BENCH_TINY="0").stdout
     for name in json.loads(gate.CEILINGS.read_text())["cpu"]:
         _, _, dtype, shape, inputs = name.split()
-        assert f"({shape.replace('x', ', ')})" in shapes and dtype in ("float32", "bfloat16"), name
+        assert f"({shape.replace('x', ', ')})" in shapes and dtype in ("float32", "bfloat16", "float16"), name
         assert inputs in ("peaked", "normal"), name
 
 
