@@ -1,11 +1,12 @@
-// Python names of the encoders of lossless compression: csrc/cpu/p7_encode.h and lossless_split.h say what each field
-// is.
+// Python names of the encoders of lossless compression: csrc/cpu/p7_encode.h, r8_encode.h and lossless_split.h say
+// what each field is.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/byte_histogram.h"
 #include "cpu/lossless_linear.h"
 #include "cpu/p7_encode.h"
+#include "cpu/r8_encode.h"
 
 namespace py = pybind11;
 using namespace fastloss;
@@ -78,6 +79,24 @@ void bind_lossless_encode(py::module_ &m) {
         byte_histogram_cpu(pointer<uint8_t>(plane), numel, pointer<int64_t>(counts), isa);
       },
       py::kw_only(), py::arg("plane"), py::arg("numel"), py::arg("counts"), py::arg("isa"));
+  m.def(
+      "field_histogram_cpu",
+      [](uintptr_t x, int number, int64_t numel, uintptr_t counts, int isa) {
+        py::gil_scoped_release release;
+        field_histogram_cpu(pointer<void>(x), number, numel, pointer<int64_t>(counts), isa);
+      },
+      py::kw_only(), py::arg("x"), py::arg("number"), py::arg("numel"), py::arg("counts"), py::arg("isa"));
+  m.def(
+      "r8_encode_numbers_cpu",
+      [](uintptr_t x, int number, int64_t numel, uintptr_t frequencies, const std::vector<uintptr_t> &planes,
+         uintptr_t bits, uintptr_t offsets, uintptr_t data, int64_t room, uintptr_t block_crc, int isa) {
+        const R8Numbers args = {split_of(x, number, numel, 0, planes, bits, block_crc), pointer<uint8_t>(frequencies),
+                                pointer<int64_t>(offsets), pointer<uint8_t>(data), room};
+        py::gil_scoped_release release;
+        return r8_encode_numbers_cpu(args, isa);
+      },
+      py::kw_only(), py::arg("x"), py::arg("number"), py::arg("numel"), py::arg("frequencies"), py::arg("planes"),
+      py::arg("bits"), py::arg("offsets"), py::arg("data"), py::arg("room"), py::arg("block_crc"), py::arg("isa"));
   m.def(
       "lossless_linear_cpu",
       [](uintptr_t blob, const std::vector<int64_t> &plan, uintptr_t x, int64_t n, uintptr_t bias, uintptr_t out,

@@ -128,7 +128,7 @@ __attribute__((target(FASTLOSS_CRC512), always_inline)) inline __m512i fold(__m5
 }
 
 __attribute__((target(FASTLOSS_CRC512))) uint32_t update_vpclmul(uint32_t crc, const uint8_t *data, int64_t bytes) {
-  constexpr int kVectors = 4;
+  constexpr int kVectors = 8;
   if (bytes < 128 * kVectors) return update_pclmul(crc, data, bytes);
   __m512i sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_loadu_si512(data + 64 * v);

@@ -10,6 +10,11 @@ inline int64_t numbers_of_block(int64_t numel, int64_t block) {
   return std::min(kLosslessBlock, numel - block * kLosslessBlock);
 }
 
+// Asks for cache lines, of which some may lie behind the end of what there is.
+inline void prefetch(const uint8_t *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
 // Two blocks are not worth waking a second thread.
 inline int runs_of_blocks(int64_t numel) {
   return int(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), lossless_blocks(numel) / 2)));

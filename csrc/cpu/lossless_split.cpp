@@ -2,6 +2,7 @@
 #include "lossless_split.h"
 #include "crc32c.h"
 #include "encoder_blocks.h"
+#include "lossless_split_avx512.h"
 #include "simd.h"
 
 #include <stdexcept>
@@ -40,17 +41,23 @@ static inline __attribute__((target("avx512f,avx512bw"), always_inline)) uint64_
 #include "each_isa.inc"
 #undef FASTLOSS_LOOPS
 
-SplitGroups split_groups_for(int number, int isa) {
+template <bool kFieldOnly> static SplitGroups groups_for(int number, bool stream, int isa) {
   if (number < kBf16 || number > kE5m2)
     throw std::invalid_argument("a number to split must be of kind 0 to 4, got " + std::to_string(number));
   const int level = level_for(isa);
 #ifdef __x86_64__
-  if (level >= kAvx512) return avx512::split_groups(number);
-  if (level == kAvx2) return avx2::split_groups(number);
+  if (level >= kAvx512 && number == kBf16 && has_byte_look_ups())
+    return stream ? avx512vbmi::split_bf16<kFieldOnly, true> : avx512vbmi::split_bf16<kFieldOnly, false>;
+  if (level >= kAvx512) return avx512::split_groups<kFieldOnly>(number);
+  if (level == kAvx2) return avx2::split_groups<kFieldOnly>(number);
 #endif
-  (void)level;
-  return scalar::split_groups(number);
+  (void)level, (void)stream;
+  return scalar::split_groups<kFieldOnly>(number);
 }
+
+SplitGroups split_groups_for(int number, int isa) { return groups_for<false>(number, false, isa); }
+SplitGroups split_groups_past_cache(int number, int isa) { return groups_for<false>(number, true, isa); }
+SplitGroups fields_for(int number, int isa) { return groups_for<true>(number, false, isa); }
 
 void split_block(SplitGroups split, int number, const uint8_t *numbers, int64_t count, SplitParts parts) {
   const int64_t whole = count / kLosslessGroup, rest = count % kLosslessGroup, bytes = kSplits[number].bytes;
@@ -75,7 +82,8 @@ SplitParts parts_of_block(const ByteSplit &args, int64_t block, uint8_t *field) 
 }
 
 void byte_split_cpu(const ByteSplit &args, int isa) {
-  const SplitGroups split = split_groups_for(args.number, isa);
+  const bool field_only = !args.bytes[0] && !args.bytes[1] && !args.bytes[2] && !args.bits;
+  const SplitGroups split = field_only ? fields_for(args.number, isa) : split_groups_for(args.number, isa);
   const Split &parts_of = kSplits[args.number];
   const Crc32c crc(isa);
   const uint8_t *x = static_cast<const uint8_t *>(args.x);

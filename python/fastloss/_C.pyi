@@ -309,4 +309,9 @@ def byte_split_cpu(
     *, x: int, number: int, numel: int, field: int, planes: list[int], bits: int, block_crc: int, isa: int
 ) -> None: ...  # fmt: skip
 def byte_histogram_cpu(*, plane: int, numel: int, counts: int, isa: int) -> None: ...
+def field_histogram_cpu(*, x: int, number: int, numel: int, counts: int, isa: int) -> None: ...
+def r8_encode_numbers_cpu(
+    *, x: int, number: int, numel: int, frequencies: int, planes: list[int], bits: int, offsets: int, data: int,
+    room: int, block_crc: int, isa: int,
+) -> int: ...  # fmt: skip
 def lossless_linear_cpu(*, blob: int, plan: list[int], x: int, n: int, bias: int, out: int, isa: int) -> bool: ...

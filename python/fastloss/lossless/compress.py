@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,19 +14,22 @@ from .compressed_tensor import CompressedTensor
 from .contract import (
     BLOCK,
     DTYPES,
+    LANES,
     NUMBERS,
     P7_NUMBERS,
+    SLACK,
     Codec,
     Layout,
     Section,
+    blocks_of,
     cost_bits,
     entropy_bits,
     frequencies,
     has_tiles,
+    padded,
     pair_table,
 )
-from .cpp_encode import field_of, p7_encode_within, p7_sizes, r8_planes_within, r8_sizes
-from .cpp_r8 import r8_payloads
+from .cpp_encode import field_counts, p7_encode_within, p7_sizes, r8_encode_within, r8_sizes
 from .tiles import to_tiles
 
 CODECS = {"raw": Codec.RAW, "p7": Codec.P7, "r8": Codec.R8}
@@ -203,15 +207,30 @@ def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
 
 
 def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room]:
-    """On a CPU, where the field alone is coded: its code tells all sizes, then the rest is split into the blob itself."""
-    field = field_of(flat)
-    freq = frequencies(registry.run("byte_histogram", field, flat.numel()).numpy())
+    """On a CPU, where the field alone is coded: the numbers are read twice, for counts and to be written to the blob."""
+    counts = field_counts(flat).numpy()
+    freq = frequencies(counts)
     table = torch.from_numpy(freq)
-    offsets, payloads = r8_payloads(field, table, flat.numel())
-    within = header.room(dimensions, r8_sizes(flat, payloads.bytes()), flat.device)
-    r8_planes_within(flat, within.parts)
-    payloads.copy_to(within.parts[Section.FIELD_DATA].data_ptr())
-    return {**within.parts, Section.FIELD_FREQUENCIES: table, Section.FIELD_OFFSETS: offsets.view(torch.uint8)}, within
+    block_crc = torch.empty(blocks_of(flat.numel()), dtype=torch.int32)
+    for most in (_likely_bytes(counts, freq), 2 * padded(flat.numel()) + _BLOCK_SPARE * blocks_of(flat.numel())):
+        within = header.room(dimensions, r8_sizes(flat, most), flat.device)
+        written = r8_encode_within(flat, table, within.parts, block_crc)
+        if written is not None:
+            break
+    else:
+        raise RuntimeError("the tensor changed while it was being compressed")
+    within = header.room(dimensions, r8_sizes(flat, written), flat.device, within.memory)
+    return {**within.parts, Section.BLOCK_CRC: block_crc.view(torch.uint8)}, within
+
+
+#: States of a block, and bytes behind its payload that whole vectors write.
+_BLOCK_SPARE = 2 * LANES + SLACK
+
+
+def _likely_bytes(counts: np.ndarray, freq: np.ndarray) -> int:
+    """A few more bytes than R8 takes: 1/256 for what its integers round, and half a byte a state."""
+    coded = cost_bits(counts, freq) / 8
+    return int(coded * (1 + 1 / 256)) + (_BLOCK_SPARE + LANES) * blocks_of(int(counts.sum())) + BLOCK
 
 
 def _sample(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -132,34 +132,25 @@ def p7_encode(x: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor], Tensor, T
     return codes, planes, bits, offsets, positions, values
 
 
-def _byte_split(
-    x: Tensor,
-    field: Tensor | None,
-    planes: Sequence[Tensor | None],
-    bits: Tensor | None,
-    block_crc: Tensor | None = None,
-) -> None:
-    """Write these parts of the numbers, and the checksums of their blocks; those that are None are left out."""
-    _C.byte_split_cpu(  # type: ignore[union-attr]
-        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), field=pointer(field),
-        planes=[pointer(p) for p in planes], bits=pointer(bits), block_crc=pointer(block_crc), isa=backend_cpp.ISA,
-    )  # fmt: skip
-
-
 @kernel("byte_split", "cpp", why_not_split)
 def byte_split(x: Tensor) -> tuple[list[Tensor], Tensor]:
     """([field, byte planes...], bit planes), x read once."""
     planes, bits = _planes(x)
     field = kept_memory.empty((padded(x.numel()),), torch.uint8)
-    _byte_split(x, field, planes, bits)
+    _C.byte_split_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), field=pointer(field),
+        planes=[pointer(p) for p in planes], bits=pointer(bits), block_crc=0, isa=backend_cpp.ISA,
+    )  # fmt: skip
     return [field, *planes], bits
 
 
-def field_of(x: Tensor) -> Tensor:
-    """The field alone, padded."""
-    field = kept_memory.empty((padded(x.numel()),), torch.uint8)
-    _byte_split(x, field, [None] * SPLITS[NUMBERS[x.dtype]].byte_planes, None)
-    return field
+def field_counts(x: Tensor) -> Tensor:
+    """How often each field occurs (int64 [256])."""
+    counts = torch.empty(SLOTS, dtype=torch.int64, device="cpu")
+    _C.field_histogram_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), counts=pointer(counts), isa=backend_cpp.ISA
+    )
+    return counts
 
 
 def r8_sizes(x: Tensor, data: int) -> dict[int, int]:
@@ -171,10 +162,21 @@ def r8_sizes(x: Tensor, data: int) -> dict[int, int]:
     return sizes | {Section.FIELD_DATA: data}
 
 
-def r8_planes_within(x: Tensor, room: Mapping[int, Tensor]) -> None:
-    """Write byte planes, bit planes and checksums to their places."""
+def r8_encode_within(x: Tensor, frequencies: Tensor, room: Mapping[int, Tensor], block_crc: Tensor) -> int | None:
+    """Write all sections of R8 but BLOCK_CRC to their places, `x` read once; the bytes of FIELD_DATA, None if it is too small.
+
+    `block_crc` (int32 [blocks]) stays outside: behind FIELD_DATA nobody knows yet where it belongs.
+    """
     planes = [room[Section.BYTES0 + p] for p in range(SPLITS[NUMBERS[x.dtype]].byte_planes)]
-    _byte_split(x, None, planes, room.get(Section.BITS), room[Section.BLOCK_CRC])
+    data = room[Section.FIELD_DATA]
+    room[Section.FIELD_FREQUENCIES].copy_(frequencies)
+    written = _C.r8_encode_numbers_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), frequencies=pointer(frequencies),
+        planes=[pointer(p) for p in planes], bits=pointer(room.get(Section.BITS)),
+        offsets=pointer(room[Section.FIELD_OFFSETS]), data=pointer(data), room=data.numel(), block_crc=pointer(block_crc),
+        isa=backend_cpp.ISA,
+    )  # fmt: skip
+    return None if written < 0 else written
 
 
 @kernel("byte_histogram", "cpp", why_not_histogram)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,21 +25,15 @@ def why_not_encode(plane: Tensor, frequencies: Tensor, numel: int) -> str | None
     return None
 
 
-def r8_payloads(plane: Tensor, frequencies: Tensor, numel: int) -> tuple[Tensor, Any]:
-    """(offsets int64 [blocks + 1], the payloads: an object with `bytes()` and `copy_to(address)`)."""
+@kernel("r8_encode", "cpp", why_not_encode)
+def r8_encode(plane: Tensor, frequencies: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """(offsets int64 [blocks + 1], data uint8) of the plane's first `numel` bytes."""
     plane, frequencies = plane.contiguous(), frequencies.cpu().contiguous()
     offsets = torch.empty(blocks_of(numel) + 1, dtype=torch.int64)
     payloads = _C.r8_encode_cpu(  # type: ignore[union-attr]
         plane=pointer(plane), frequencies=pointer(frequencies), numel=numel, offsets=pointer(offsets),
         isa=backend_cpp.ISA,
     )  # fmt: skip
-    return offsets, payloads
-
-
-@kernel("r8_encode", "cpp", why_not_encode)
-def r8_encode(plane: Tensor, frequencies: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """(offsets int64 [blocks + 1], data uint8) of the plane's first `numel` bytes."""
-    offsets, payloads = r8_payloads(plane, frequencies, numel)
     data = torch.empty(payloads.bytes(), dtype=torch.uint8)
     payloads.copy_to(pointer(data))
     return offsets, data

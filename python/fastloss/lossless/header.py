@@ -83,20 +83,26 @@ class Room(NamedTuple):
 
     blob: Tensor
     parts: Mapping[int, Tensor]
+    memory: Tensor  # where the blob begins; there may be more of it
 
 
-def room(dimensions: int, sizes: Mapping[int, int], device: torch.device) -> Room:
-    """Room for sections of these bytes; of 0: none."""
+def room(
+    dimensions: int, sizes: Mapping[int, int], device: torch.device, memory: Tensor | None = None
+) -> Room:
+    """Room for sections of these bytes; of 0: none. `memory`: of a larger room, whose sections become smaller."""
     kept = {kind: sizes[kind] for kind in sorted(sizes) if sizes[kind]}
     at, places = _aligned(_header_bytes(dimensions, len(kept))), {}
     for kind, size in kept.items():
         places[kind] = at
         at = _aligned(at + size)
-    if device.type == "cpu" and at >= _WORTH_KEEPING:
+    if memory is not None:  # the blob's own storage ends where it does
+        blob = torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=at + SLACK)
+    elif device.type == "cpu" and at >= _WORTH_KEEPING:
         blob = kept_memory.empty((at + SLACK,), torch.uint8)
     else:
         blob = torch.empty(at + SLACK, dtype=torch.uint8, device=device)
-    return Room(blob, {kind: blob[at : at + kept[kind]] for kind, at in places.items()})
+    parts = {kind: blob[at : at + kept[kind]] for kind, at in places.items()}
+    return Room(blob, parts, blob if memory is None else memory)
 
 
 def build(
