@@ -7,6 +7,7 @@
 #include "cpu/lossless_linear.h"
 #include "cpu/p7_encode.h"
 #include "cpu/r8_encode.h"
+#include "cpu/r8_frequencies.h"
 
 namespace py = pybind11;
 using namespace fastloss;
@@ -54,14 +55,14 @@ void bind_lossless_encode(py::module_ &m) {
   m.def(
       "p7_encode_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t table, uintptr_t codes, const std::vector<uintptr_t> &planes,
-         uintptr_t bits, uintptr_t offsets, uintptr_t block_crc, int isa) {
-        const P7Encode args = {split_of(x, number, numel, 0, planes, bits), pointer<uint8_t>(table),
-                               pointer<uint8_t>(codes), pointer<uint64_t>(offsets), pointer<uint32_t>(block_crc)};
+         uintptr_t bits, uintptr_t offsets, uintptr_t block_crc, uintptr_t sums, int isa) {
+        const P7Encode args = {split_of(x, number, numel, 0, planes, bits, block_crc), pointer<uint8_t>(table),
+                               pointer<uint8_t>(codes), pointer<uint64_t>(offsets), pointer<SectionSums>(sums)};
         py::gil_scoped_release release;
         return p7_encode_cpu(args, isa);
       },
       py::kw_only(), py::arg("x"), py::arg("number"), py::arg("numel"), py::arg("table"), py::arg("codes"),
-      py::arg("planes"), py::arg("bits"), py::arg("offsets"), py::arg("block_crc"), py::arg("isa"));
+      py::arg("planes"), py::arg("bits"), py::arg("offsets"), py::arg("block_crc"), py::arg("sums"), py::arg("isa"));
   m.def(
       "byte_split_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t field, const std::vector<uintptr_t> &planes, uintptr_t bits,
@@ -89,14 +90,29 @@ void bind_lossless_encode(py::module_ &m) {
   m.def(
       "r8_encode_numbers_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t frequencies, const std::vector<uintptr_t> &planes,
-         uintptr_t bits, uintptr_t offsets, uintptr_t data, int64_t room, uintptr_t block_crc, int isa) {
+         uintptr_t bits, uintptr_t offsets, uintptr_t data, int64_t room, uintptr_t block_crc, uintptr_t sums, int isa) {
         const R8Numbers args = {split_of(x, number, numel, 0, planes, bits, block_crc), pointer<uint8_t>(frequencies),
-                                pointer<int64_t>(offsets), pointer<uint8_t>(data), room};
+                                pointer<int64_t>(offsets), pointer<uint8_t>(data), room, pointer<SectionSums>(sums)};
         py::gil_scoped_release release;
         return r8_encode_numbers_cpu(args, isa);
       },
       py::kw_only(), py::arg("x"), py::arg("number"), py::arg("numel"), py::arg("frequencies"), py::arg("planes"),
-      py::arg("bits"), py::arg("offsets"), py::arg("data"), py::arg("room"), py::arg("block_crc"), py::arg("isa"));
+      py::arg("bits"), py::arg("offsets"), py::arg("data"), py::arg("room"), py::arg("block_crc"), py::arg("sums"),
+      py::arg("isa"));
+  m.def(
+      "sample_planes_cpu",
+      [](uintptr_t x, int number, int64_t blocks, int64_t apart, uintptr_t counts, int isa) {
+        py::gil_scoped_release release;
+        sample_planes_cpu(pointer<void>(x), number, blocks, apart, pointer<int64_t>(counts), isa);
+      },
+      py::kw_only(), py::arg("x"), py::arg("number"), py::arg("blocks"), py::arg("apart"), py::arg("counts"),
+      py::arg("isa"));
+  m.def(
+      "r8_frequencies",
+      [](uintptr_t counts, uintptr_t log2, uintptr_t frequencies) {
+        r8_frequencies(pointer<int64_t>(counts), pointer<int64_t>(log2), pointer<uint8_t>(frequencies));
+      },
+      py::kw_only(), py::arg("counts"), py::arg("log2"), py::arg("frequencies"));
   m.def(
       "lossless_linear_cpu",
       [](uintptr_t blob, const std::vector<int64_t> &plan, uintptr_t x, int64_t n, uintptr_t bias, uintptr_t out,

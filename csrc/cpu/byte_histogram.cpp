@@ -33,8 +33,6 @@ struct Counts {
   }
 };
 
-constexpr int64_t kPiece = 1024; // bytes that are counted at a time
-constexpr int64_t kAhead = 4096; // bytes of numbers that are on their way meanwhile: counting is no time to read them
 
 // The counts of one thread.
 class Histogram {
@@ -109,6 +107,24 @@ void field_histogram_cpu(const void *x, int number, int64_t numel, int64_t *coun
       split_block(split, number, numbers + at * bytes, count, {fields, {}, {}});
       return fields;
     });
+  });
+}
+
+void sample_planes_cpu(const void *x, int number, int64_t blocks, int64_t apart, int64_t *counts, int isa) {
+  const SplitGroups split = split_groups_for(number, isa);
+  const Split &parts_of = kSplits[number];
+  std::fill(counts, counts + parts_of.byte_planes * 256, 0);
+  each_run_of_blocks(blocks * kLosslessBlock, [&](int, int64_t first, int64_t last) {
+    Counts tables[kMostBytePlanes];
+    alignas(64) uint8_t field[kPiece], bytes[kMostBytePlanes][kPiece], bits[kMostBitPlanes][kPiece / 8];
+    const SplitParts parts = {field, {bytes[0], bytes[1], bytes[2]}, {bits[0], bits[1], bits[2], bits[3]}};
+    for (int64_t at = first * kLosslessBlock; at < last * kLosslessBlock; at += kPiece) {
+      const int64_t from = at / kLosslessBlock * apart * kLosslessBlock + at % kLosslessBlock;
+      split_block(split, number, static_cast<const uint8_t *>(x) + from * parts_of.bytes, kPiece, parts);
+      for (int p = 0; p < parts_of.byte_planes; ++p) tables[p].add(bytes[p], kPiece);
+    }
+#pragma omp critical(fastloss_byte_histogram)
+    for (int p = 0; p < parts_of.byte_planes; ++p) tables[p].move_to(counts + 256 * p);
   });
 }
 

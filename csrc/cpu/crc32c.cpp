@@ -163,6 +163,10 @@ Crc32c::Crc32c(int isa) : update_(update_scalar) {
   (void)level;
 }
 
+uint32_t Crc32c::joined(uint32_t first, uint32_t second, int64_t bytes) {
+  return product(first, power_of_x(8 * uint64_t(bytes))) ^ second;
+}
+
 void crc32c_cpu(const uint8_t *data, int64_t bytes, int64_t block, int64_t *crcs, int isa) {
   const Crc32c crc(isa);
   const int64_t blocks = bytes / block + (bytes % block != 0);

@@ -10,6 +10,9 @@ inline int64_t numbers_of_block(int64_t numel, int64_t block) {
   return std::min(kLosslessBlock, numel - block * kLosslessBlock);
 }
 
+constexpr int64_t kPiece = 1024; // numbers whose fields are counted at a time
+constexpr int64_t kAhead = 4096; // bytes of numbers that are on their way meanwhile: counting is no time to read them
+
 // Asks for cache lines, of which some may lie behind the end of what there is.
 inline void prefetch(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);

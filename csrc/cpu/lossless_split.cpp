@@ -41,23 +41,21 @@ static inline __attribute__((target("avx512f,avx512bw"), always_inline)) uint64_
 #include "each_isa.inc"
 #undef FASTLOSS_LOOPS
 
-template <bool kFieldOnly> static SplitGroups groups_for(int number, bool stream, int isa) {
+template <bool kFieldOnly> static SplitGroups groups_for(int number, int isa) {
   if (number < kBf16 || number > kE5m2)
     throw std::invalid_argument("a number to split must be of kind 0 to 4, got " + std::to_string(number));
   const int level = level_for(isa);
 #ifdef __x86_64__
-  if (level >= kAvx512 && number == kBf16 && has_byte_look_ups())
-    return stream ? avx512vbmi::split_bf16<kFieldOnly, true> : avx512vbmi::split_bf16<kFieldOnly, false>;
+  if (level >= kAvx512 && number == kBf16 && has_byte_look_ups()) return avx512vbmi::split_bf16<kFieldOnly>;
   if (level >= kAvx512) return avx512::split_groups<kFieldOnly>(number);
   if (level == kAvx2) return avx2::split_groups<kFieldOnly>(number);
 #endif
-  (void)level, (void)stream;
+  (void)level;
   return scalar::split_groups<kFieldOnly>(number);
 }
 
-SplitGroups split_groups_for(int number, int isa) { return groups_for<false>(number, false, isa); }
-SplitGroups split_groups_past_cache(int number, int isa) { return groups_for<false>(number, true, isa); }
-SplitGroups fields_for(int number, int isa) { return groups_for<true>(number, false, isa); }
+SplitGroups split_groups_for(int number, int isa) { return groups_for<false>(number, isa); }
+SplitGroups fields_for(int number, int isa) { return groups_for<true>(number, isa); }
 
 void split_block(SplitGroups split, int number, const uint8_t *numbers, int64_t count, SplitParts parts) {
   const int64_t whole = count / kLosslessGroup, rest = count % kLosslessGroup, bytes = kSplits[number].bytes;

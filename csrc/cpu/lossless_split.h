@@ -13,8 +13,6 @@ struct SplitParts {
 // Splits whole groups of numbers.
 using SplitGroups = void (*)(const uint8_t *numbers, int64_t groups, const SplitParts &parts);
 SplitGroups split_groups_for(int number, int isa);
-// The same with stores of byte planes that need not stay in the cache; the planes must be aligned to 64 bytes.
-SplitGroups split_groups_past_cache(int number, int isa);
 // The field alone; all other parts may be null.
 SplitGroups fields_for(int number, int isa);
 

@@ -12,9 +12,8 @@ FASTLOSS_VBMI_INLINE __m512i chosen(__m512i mask, __m512i a, __m512i b) {
   return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
 }
 
-// 64 numbers at a time, those of the second 32 in the high bytes of the words of the first. kStream: past the
-// cache, to a plane that is aligned to 64 bytes.
-template <bool kFieldOnly, bool kStream>
+// 64 numbers at a time, those of the second 32 in the high bytes of the words of the first.
+template <bool kFieldOnly>
 FASTLOSS_VBMI static void split_bf16(const uint8_t *numbers, int64_t groups, const SplitParts &parts) {
   alignas(64) uint8_t in_order[64];
   for (int i = 0; i < 64; ++i) in_order[i] = uint8_t(i < 32 ? 2 * i : 2 * (i - 32) + 1);
@@ -28,8 +27,7 @@ FASTLOSS_VBMI static void split_bf16(const uint8_t *numbers, int64_t groups, con
       const __m512i low = chosen(low_sign, _mm512_srli_epi16(a, 8), a);
       const __m512i high = chosen(high_sign, b, _mm512_slli_epi16(b, 8));
       const __m512i plane = _mm512_permutexvar_epi8(order, chosen(low_byte, low, high));
-      if constexpr (kStream) _mm512_stream_si512(reinterpret_cast<__m512i *>(parts.bytes[0] + i), plane);
-      else _mm512_storeu_si512(parts.bytes[0] + i, plane);
+      _mm512_storeu_si512(parts.bytes[0] + i, plane);
     }
   }
 }

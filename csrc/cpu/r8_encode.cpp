@@ -1,7 +1,6 @@
 // docs/design.md, "The lossless contract": R8 encoded block by block, threads over runs of blocks.
 #include "r8_encode.h"
-#include "crc32c.h"
-#include "encoder_blocks.h"
+#include "block_planes.h"
 #include "kept_memory.h"
 #include "r8_encode_avx512.h"
 #include "r8_symbols.h"
@@ -88,28 +87,31 @@ struct PlaneBlocks {
     return room;
   }
   Ahead ahead(int64_t, int64_t) const { return {}; }
+  void written(const uint8_t *, int64_t) const {}
+  void finish() const {}
 };
 
 constexpr int64_t kCalls = kLosslessBlock / (2 * kRansLanes); // of a block, two steps each
 
 struct NumberBlocks {
-  const ByteSplit &args;
-  int64_t numel;
-  SplitGroups split;
-  Crc32c crc;
+  int64_t numel, size; // size: bytes of a number
+  BlockPlanes planes;
 
-  const uint8_t *bytes(int64_t block, uint8_t *room) const {
-    const int64_t size = kSplits[args.number].bytes, count = numbers_of_block(numel, block);
-    const uint8_t *numbers = static_cast<const uint8_t *>(args.x) + block * kLosslessBlock * size;
-    split_block(split, args.number, numbers, count, parts_of_block(args, block, room));
-    if (args.block_crc) args.block_crc[block] = crc.of(numbers, count * size);
+  NumberBlocks(const ByteSplit &args, int isa) : numel(args.numel), size(kSplits[args.number].bytes), planes(args, isa) {}
+
+  const uint8_t *bytes(int64_t block, uint8_t *room) {
+    planes.split(block, room);
+    planes.write(block);
     return room;
   }
   Ahead ahead(int64_t first, int64_t last) const {
-    const int64_t size = kSplits[args.number].bytes, begin = first * kLosslessBlock;
-    const int64_t end = std::min(last * kLosslessBlock, numel);
-    return begin < end ? Ahead(static_cast<const uint8_t *>(args.x) + begin * size, (end - begin) * size, kCalls) : Ahead();
+    const int64_t begin = first * kLosslessBlock, end = std::min(last * kLosslessBlock, numel);
+    return begin < end ? Ahead(planes.numbers(first), (end - begin) * size, kCalls) : Ahead();
   }
+  void written(const uint8_t *payload, int64_t bytes) {
+    planes.sums.data = planes.crc().more(planes.sums.data, payload, bytes);
+  }
+  void finish() const { planes.finish(); }
 };
 
 // Room for the blocks that an encoder works at side by side.
@@ -121,7 +123,7 @@ template <int kTogether> struct Workplace {
 // The payloads of blocks first .. last to `out`, and their ends in `ends`, counted from the first. Returns their bytes,
 // or -1 where there is no room for them.
 template <class Encoder, class Source>
-int64_t encode_run(const Encoder &encoder, const Source &source, int64_t first, int64_t last, uint8_t *out,
+int64_t encode_run(const Encoder &encoder, Source &source, int64_t first, int64_t last, uint8_t *out,
                    int64_t room, int64_t *ends) {
   constexpr int kTogether = Encoder::kTogether;
   const std::unique_ptr<Workplace<kTogether>> place(new Workplace<kTogether>);
@@ -135,14 +137,17 @@ int64_t encode_run(const Encoder &encoder, const Source &source, int64_t first, 
                    source.ahead(b + some, std::min(b + 2 * some, last)));
     for (int i = 0; i < some; ++i) {
       const RansBlock &block = place->blocks[i];
+      const uint8_t *payload = at;
       if (room - (at - out) < int64_t(sizeof block.states) + block.streamed + block.escaped + kSlop) return -1;
       std::memcpy(at, block.states, sizeof block.states), at += sizeof block.states;
       Encoder::append(block, at), at += block.streamed;
       std::memcpy(at, block.literals, size_t(block.escaped)), at += block.escaped;
+      source.written(payload, at - payload);
       ends[b + i] = at - out;
     }
     b += some;
   }
+  source.finish();
   return at - out;
 }
 
@@ -154,14 +159,13 @@ RansPayloads::Piece piece_of(int64_t bytes) {
   return {{static_cast<uint8_t *>(take_memory(size)), RansPayloads::GiveBack{size}}, 0};
 }
 
-// The first piece lies in `data`, if that is not null, and has `room` bytes there: false where that was not enough.
+// One of these walks over blocks for each piece; the first piece lies in `data`, if that is not null, and has `room` bytes
+// there: false where that was not enough.
 template <class Encoder, class Source>
-bool encode_pieces(const RansSymbols &symbols, const Source &source, int64_t *offsets, uint8_t *data, int64_t room,
-                   RansPayloads &payloads) {
-  constexpr int64_t kFewest = 8; // blocks that are worth a thread's start
+bool encode_pieces(const RansSymbols &symbols, std::vector<Source> &sources, int64_t *offsets, uint8_t *data,
+                   int64_t room, RansPayloads &payloads) {
   const Encoder encoder(symbols);
-  const int64_t blocks = lossless_blocks(source.numel);
-  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), blocks / kFewest));
+  const int64_t blocks = lossless_blocks(sources[0].numel), most = int64_t(sources.size());
   const auto first_of = [&](int64_t piece) { return blocks * piece / most; };
   for (int64_t p = 0; p < most; ++p)
     payloads.pieces.push_back(data && !p ? RansPayloads::Piece{{nullptr, {0}}, 0}
@@ -170,7 +174,7 @@ bool encode_pieces(const RansSymbols &symbols, const Source &source, int64_t *of
   for (int64_t p = 0; p < most; ++p) {
     RansPayloads::Piece &piece = payloads.pieces[size_t(p)];
     uint8_t *out = piece.memory ? piece.memory.get() : data;
-    piece.bytes = encode_run(encoder, source, first_of(p), first_of(p + 1), out,
+    piece.bytes = encode_run(encoder, sources[size_t(p)], first_of(p), first_of(p + 1), out,
                              piece.memory ? int64_t(piece.memory.get_deleter().bytes) : room, offsets + 1);
   }
   offsets[0] = 0;
@@ -181,15 +185,20 @@ bool encode_pieces(const RansSymbols &symbols, const Source &source, int64_t *of
 }
 
 template <class Source>
-bool encode_all(const uint8_t *frequencies, const Source &source, int64_t *offsets, uint8_t *data, int64_t room,
+bool encode_all(const uint8_t *frequencies, std::vector<Source> &sources, int64_t *offsets, uint8_t *data, int64_t room,
                 RansPayloads &payloads, int isa) {
   [[maybe_unused]] const int level = level_for(isa);
   const RansSymbols symbols = symbols_of(frequencies);
 #ifdef __x86_64__
   if (level >= kAvx512 && avx512::Encoder::takes(symbols))
-    return encode_pieces<avx512::Encoder>(symbols, source, offsets, data, room, payloads);
+    return encode_pieces<avx512::Encoder>(symbols, sources, offsets, data, room, payloads);
 #endif
-  return encode_pieces<scalar::Encoder>(symbols, source, offsets, data, room, payloads);
+  return encode_pieces<scalar::Encoder>(symbols, sources, offsets, data, room, payloads);
+}
+
+size_t pieces_of(int64_t numel) {
+  constexpr int64_t kFewest = 8; // blocks that are worth a thread's start
+  return size_t(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), lossless_blocks(numel) / kFewest)));
 }
 
 } // namespace
@@ -211,17 +220,25 @@ void RansPayloads::copy_to(uint8_t *data) const {
 
 RansPayloads r8_encode_cpu(const uint8_t *plane, const uint8_t *frequencies, int64_t numel, int64_t *offsets, int isa) {
   RansPayloads payloads;
-  encode_all(frequencies, PlaneBlocks{plane, numel}, offsets, nullptr, 0, payloads, isa);
+  std::vector<PlaneBlocks> sources(pieces_of(numel), PlaneBlocks{plane, numel});
+  encode_all(frequencies, sources, offsets, nullptr, 0, payloads, isa);
   return payloads;
 }
 
 int64_t r8_encode_numbers_cpu(const R8Numbers &args, int isa) {
-  const NumberBlocks source{args.split, args.split.numel, split_groups_for(args.split.number, isa), Crc32c(isa)};
   RansPayloads payloads;
-  if (!encode_all(args.frequencies, source, args.offsets, args.data, args.room, payloads, isa)) return -1;
+  const int64_t numel = args.split.numel, blocks = lossless_blocks(numel), most = int64_t(pieces_of(numel));
+  std::vector<NumberBlocks> sources(size_t(most), NumberBlocks(args.split, isa));
+  if (!encode_all(args.frequencies, sources, args.offsets, args.data, args.room, payloads, isa)) return -1;
   const int64_t bytes = payloads.bytes();
   if (bytes > args.room) return -1;
   payloads.copy_to(args.data);
+  *args.sums = {};
+  for (int64_t p = 0; p < most; ++p) {
+    const int64_t first = blocks * p / most * kLosslessBlock, last = blocks * (p + 1) / most * kLosslessBlock;
+    args.sums->append(sources[size_t(p)].planes.sums, args.split.number, lossless_padded(std::min(last, numel)) - first,
+                      payloads.pieces[size_t(p)].bytes);
+  }
   return bytes;
 }
 

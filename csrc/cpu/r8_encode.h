@@ -1,7 +1,7 @@
 // R8 on the CPU: a plane of bytes, or the fields of numbers, to interleaved rANS streams. docs/design.md, "The lossless
 // contract".
 #pragma once
-#include "lossless_split.h"
+#include "block_planes.h"
 
 #include <memory>
 #include <vector>
@@ -34,9 +34,10 @@ struct R8Numbers {
   int64_t *offsets;
   uint8_t *data; // section DATA of the field
   int64_t room;  // bytes there that may be written
+  SectionSums *sums;
 };
 
-// Numbers split and their fields coded, each read once. Returns the bytes of `data`, or -1 where they do not fit.
+// Numbers split and their fields coded, each read once, and the checksums of what was written. Returns the bytes of `data`, or -1 where they do not fit.
 int64_t r8_encode_numbers_cpu(const R8Numbers &args, int isa);
 
 } // namespace fastloss

@@ -303,7 +303,7 @@ class Escapes:
 def p7_histogram_cpu(*, x: int, number: int, numel: int, counts: int, isa: int) -> None: ...
 def p7_encode_cpu(
     *, x: int, number: int, numel: int, table: int, codes: int, planes: list[int], bits: int, offsets: int,
-    block_crc: int, isa: int,
+    block_crc: int, sums: int, isa: int,
 ) -> Escapes: ...  # fmt: skip
 def byte_split_cpu(
     *, x: int, number: int, numel: int, field: int, planes: list[int], bits: int, block_crc: int, isa: int
@@ -312,6 +312,8 @@ def byte_histogram_cpu(*, plane: int, numel: int, counts: int, isa: int) -> None
 def field_histogram_cpu(*, x: int, number: int, numel: int, counts: int, isa: int) -> None: ...
 def r8_encode_numbers_cpu(
     *, x: int, number: int, numel: int, frequencies: int, planes: list[int], bits: int, offsets: int, data: int,
-    room: int, block_crc: int, isa: int,
+    room: int, block_crc: int, sums: int, isa: int,
 ) -> int: ...  # fmt: skip
+def sample_planes_cpu(*, x: int, number: int, blocks: int, apart: int, counts: int, isa: int) -> None: ...
+def r8_frequencies(*, counts: int, log2: int, frequencies: int) -> None: ...
 def lossless_linear_cpu(*, blob: int, plan: list[int], x: int, n: int, bias: int, out: int, isa: int) -> bool: ...

@@ -29,7 +29,7 @@ from .contract import (
     padded,
     pair_table,
 )
-from .cpp_encode import field_counts, p7_encode_within, p7_sizes, r8_encode_within, r8_sizes
+from .cpp_encode import field_counts, p7_encode_within, p7_sizes, r8_encode_within, r8_sizes, sample_plane_counts
 from .tiles import to_tiles
 
 CODECS = {"raw": Codec.RAW, "p7": Codec.P7, "r8": Codec.R8}
@@ -39,6 +39,7 @@ LAYOUTS = {"rows": Layout.ROWS, "tiles": Layout.TILES}
 WORTH_CODING = 7.6
 #: Numbers up to which all of them are looked at to see whether a plane is noise; of more a sample.
 _SAMPLED = 64 * BLOCK
+_APART = 16
 
 
 def compress(
@@ -166,7 +167,8 @@ def _p7(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
     table = torch.from_numpy(pair_table(counts)).to(flat.device)
     if registry.choose("p7_encode", flat, table) == "cpp":
         within = header.room(dimensions, p7_sizes(flat, counts, table), flat.device)
-        return p7_encode_within(flat, table, within.parts), within
+        made, crc = p7_encode_within(flat, table, within.parts)
+        return made, within._replace(crc=crc)
     codes, planes, bits, offsets, positions, values = registry.run("p7_encode", flat, table)
     parts: dict[int, Tensor] = {
         Section.TABLE: table,
@@ -214,12 +216,12 @@ def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header
     block_crc = torch.empty(blocks_of(flat.numel()), dtype=torch.int32)
     for most in (_likely_bytes(counts, freq), 2 * padded(flat.numel()) + _BLOCK_SPARE * blocks_of(flat.numel())):
         within = header.room(dimensions, r8_sizes(flat, most), flat.device)
-        written = r8_encode_within(flat, table, within.parts, block_crc)
-        if written is not None:
+        if made := r8_encode_within(flat, table, within.parts, block_crc):
             break
     else:
-        raise RuntimeError("the tensor changed while it was being compressed")
-    within = header.room(dimensions, r8_sizes(flat, written), flat.device, within.memory)
+        raise RuntimeError("R8 takes two bytes a number at most")
+    written, crc = made
+    within = header.room(dimensions, r8_sizes(flat, written), flat.device, within.memory, crc)
     return {**within.parts, Section.BLOCK_CRC: block_crc.view(torch.uint8)}, within
 
 
@@ -234,20 +236,22 @@ def _likely_bytes(counts: np.ndarray, freq: np.ndarray) -> int:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """One block in sixteen of more than _SAMPLED numbers."""
+    """One block in _APART of more than _SAMPLED numbers."""
     if x.numel() <= _SAMPLED:
         return x
-    return x[: x.numel() // (16 * BLOCK) * 16 * BLOCK].reshape(-1, 16, BLOCK)[:, 0].reshape(-1)
+    return x[: x.numel() // (_APART * BLOCK) * _APART * BLOCK].reshape(-1, _APART, BLOCK)[:, 0].reshape(-1)
 
 
 def _is_noise(plane: Tensor, numel: int) -> bool:
     """Whether the sample has an entropy that no code gets below: most mantissas."""
     sample = _sample(plane[:numel])
-    counts = registry.run("byte_histogram", sample, sample.numel()).cpu().numpy()
-    return entropy_bits(counts) > (WORTH_CODING + 1e-6) * sample.numel()
+    return _are_noise(registry.run("byte_histogram", sample, sample.numel()).cpu().numpy())
+
+
+def _are_noise(counts: np.ndarray) -> bool:
+    return entropy_bits(counts) > (WORTH_CODING + 1e-6) * int(counts.sum())
 
 
 def _rest_is_noise(flat: Tensor) -> bool:
-    """Whether `_is_noise` is true of every byte plane."""
-    sample = _sample(flat)
-    return all(_is_noise(plane, sample.numel()) for plane in registry.run("byte_split", sample)[0][1:])
+    """Whether `_is_noise` is true of every byte plane of more than _SAMPLED numbers."""
+    return all(_are_noise(counts) for counts in sample_plane_counts(flat, flat.numel() // (_APART * BLOCK), _APART).numpy())

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..extension import _C
+
 BLOCK = 16384
 GROUP = 128
 LANES = 32
@@ -252,6 +254,7 @@ def pair_table(counts: np.ndarray) -> np.ndarray:
 
 #: round(2^20 log2 f): whole numbers, so that tables are the same on every machine.
 _LOG2 = [0] + [round(float(np.log2(f)) * 2**20) for f in range(1, SLOTS + 1)]
+_LOG2_ARRAY = np.array(_LOG2, np.int64)
 
 
 def _slots(counts: list[int]) -> tuple[list[int], int]:
@@ -272,6 +275,15 @@ def frequencies(counts: np.ndarray) -> np.ndarray:
 
     An escaped byte costs its slots and eight bits. Beyond eight more symbols that save nothing the search stops.
     """
+    if _C is None or int(counts.sum()) >= 1 << 38:
+        return _frequencies(counts)
+    counts, found = np.ascontiguousarray(counts, np.int64), np.zeros(SLOTS, np.uint8)
+    _C.r8_frequencies(counts=counts.ctypes.data, log2=_LOG2_ARRAY.ctypes.data, frequencies=found.ctypes.data)
+    return found
+
+
+def _frequencies(counts: np.ndarray) -> np.ndarray:
+    """The same without the extension, some twenty times slower."""
     order = [int(s) for s in np.lexsort((np.arange(counts.size), -counts)) if counts[s] > 0]
     total, best, found, worse = int(counts.sum()), None, np.zeros(SLOTS, np.uint8), 0
     kept = 0

@@ -84,11 +84,13 @@ class Room(NamedTuple):
     blob: Tensor
     parts: Mapping[int, Tensor]
     memory: Tensor  # where the blob begins; there may be more of it
+    crc: Mapping[int, int] = {}  # kind -> crc32c of the sections where that is known already
 
 
 def room(
-    dimensions: int, sizes: Mapping[int, int], device: torch.device, memory: Tensor | None = None
-) -> Room:
+    dimensions: int, sizes: Mapping[int, int], device: torch.device, memory: Tensor | None = None,
+    crc: Mapping[int, int] | None = None,
+) -> Room:  # fmt: skip
     """Room for sections of these bytes; of 0: none. `memory`: of a larger room, whose sections become smaller."""
     kept = {kind: sizes[kind] for kind in sorted(sizes) if sizes[kind]}
     at, places = _aligned(_header_bytes(dimensions, len(kept))), {}
@@ -102,7 +104,7 @@ def room(
     else:
         blob = torch.empty(at + SLACK, dtype=torch.uint8, device=device)
     parts = {kind: blob[at : at + kept[kind]] for kind, at in places.items()}
-    return Room(blob, parts, blob if memory is None else memory)
+    return Room(blob, parts, blob if memory is None else memory, crc or {})
 
 
 def build(
@@ -124,7 +126,8 @@ def build(
         offset = int(place.storage_offset())
         blob[end:offset] = 0
         end = offset + place.numel()
-        sections[kind] = (offset, place.numel(), checksum.of(place))
+        known = within.crc.get(kind)
+        sections[kind] = (offset, place.numel(), checksum.of(place) if known is None else known)
     blob[end:] = 0
     header = Header(codec, layout, dtype, tuple(shape), sections, blob.numel())
     head = write(header)
