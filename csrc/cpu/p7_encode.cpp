@@ -13,24 +13,29 @@ constexpr int kGroups = int(kLosslessBlock / kLosslessGroup);
 
 constexpr int kAllPairs = 1 << 16;
 
-// In several tables: equal pairs in a row would wait for one another's counts. For a few blocks that does not pay.
+// In several tables: equal pairs in a row would wait for one another's counts. For a few blocks that does not pay. Tables
+// lie so that the few counts that matter, 1 KiB apart in each, do not share the same sets of the first-level cache.
 class PairCounts {
 public:
-  explicit PairCounts(bool several) : step_(several ? kAllPairs : 0), counts_(size_t(kAllPairs + 3 * step_), 0) {}
+  explicit PairCounts(bool several) : step_(several ? kAllPairs + 64 : 0), counts_(size_t(kAllPairs + 3 * step_), 0) {}
 
-  void count(const uint8_t *fields, int64_t pairs) {
+  // `ahead`: `bytes` bytes a number that are asked for on the way.
+  void count(const uint8_t *fields, int64_t pairs, const uint8_t *ahead, int64_t bytes) {
     uint32_t *t0 = counts_.data(), *t1 = t0 + step_, *t2 = t1 + step_, *t3 = t2 + step_;
     int64_t i = 0;
     for (; i + 4 <= pairs; i += 4) {
       uint64_t four;
       memcpy(&four, fields + 2 * i, 8);
+      __builtin_prefetch(ahead + 2 * i * bytes);
       ++t0[four & 0xffff], ++t1[four >> 16 & 0xffff], ++t2[four >> 32 & 0xffff], ++t3[four >> 48];
     }
     for (; i < pairs; ++i) ++t0[fields[2 * i] | fields[2 * i + 1] << 8];
   }
 
   void move_to(int64_t *sums) {
-    for (size_t i = 0; i < counts_.size(); ++i) sums[i % kAllPairs] += counts_[i], counts_[i] = 0;
+    for (int table = 0; table < (step_ ? 4 : 1); ++table)
+      for (int i = 0; i < kAllPairs; ++i) sums[i] += counts_[size_t(table * step_ + i)];
+    std::fill(counts_.begin(), counts_.end(), 0);
   }
 
 private:
@@ -124,9 +129,8 @@ void p7_histogram_cpu(const void *x, int number, int64_t numel, int64_t *counts,
       const uint8_t *numbers = static_cast<const uint8_t *>(x) + b * kLosslessBlock * bytes;
       for (int64_t at = 0, some; at < count; at += some) {
         some = std::min(count - at, kPiece);
-        prefetch(numbers + at * bytes + kAhead, some * bytes);
         split_block(split, number, numbers + at * bytes, some, {fields, {}, {}});
-        pairs.count(fields, (some + 1) / 2);
+        pairs.count(fields, (some + 1) / 2, numbers + at * bytes + kAhead, bytes);
       }
       if (b + 1 < last && (b - first + 1) % 65536) continue; // long before a count overflows
 #pragma omp critical(fastloss_p7_histogram)
