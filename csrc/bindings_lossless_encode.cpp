@@ -90,9 +90,14 @@ void bind_lossless_encode(py::module_ &m) {
   m.def(
       "r8_encode_numbers_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t frequencies, const std::vector<uintptr_t> &planes,
-         uintptr_t bits, uintptr_t offsets, uintptr_t data, int64_t room, uintptr_t block_crc, uintptr_t sums, int isa) {
-        const R8Numbers args = {split_of(x, number, numel, 0, planes, bits, block_crc), pointer<uint8_t>(frequencies),
-                                pointer<int64_t>(offsets), pointer<uint8_t>(data), room, pointer<SectionSums>(sums)};
+         uintptr_t bits, uintptr_t offsets, uintptr_t data, int64_t room, uintptr_t block_crc, uintptr_t sums,
+         int isa) {
+        const R8Numbers args = {split_of(x, number, numel, 0, planes, bits, block_crc),
+                                pointer<uint8_t>(frequencies),
+                                pointer<int64_t>(offsets),
+                                pointer<uint8_t>(data),
+                                room,
+                                pointer<SectionSums>(sums)};
         py::gil_scoped_release release;
         return r8_encode_numbers_cpu(args, isa);
       },

@@ -40,7 +40,8 @@ public:
   BlockPlanes(const ByteSplit &args, int isa)
       : args_(args), split_(split_groups_for(args.number, isa)), crc_(isa), number_(kSplits[args.number]) {
     stream_ = level_for(isa) >= kAvx512 && args.numel * number_.byte_planes >= kStreamed;
-    for (int p = 0; p < number_.byte_planes; ++p) stream_ = stream_ && reinterpret_cast<uintptr_t>(args.bytes[p]) % 64 == 0;
+    for (int p = 0; p < number_.byte_planes; ++p)
+      stream_ = stream_ && reinterpret_cast<uintptr_t>(args.bytes[p]) % 64 == 0;
   }
 
   const Crc32c &crc() const { return crc_; }

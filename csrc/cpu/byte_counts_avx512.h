@@ -18,7 +18,8 @@ public:
   void choose(const int64_t *sum) {
     int order[256], first = 256, last = -1;
     for (int s = 0; s < 256; ++s) order[s] = s;
-    std::partial_sort(order, order + kLooked, order + 256, [&](int a, int b) { return sum[a] != sum[b] ? sum[a] > sum[b] : a < b; });
+    std::partial_sort(order, order + kLooked, order + 256,
+                      [&](int a, int b) { return sum[a] != sum[b] ? sum[a] > sum[b] : a < b; });
     int64_t known = 0;
     symbols_ = 0;
     for (int k = 0; k < kLooked; ++k) {
@@ -110,8 +111,7 @@ private:
 
   FASTLOSS_VBMI_INLINE void count(__m512i bits, int half, int64_t weight) {
     for (int bit = 0; bit < 8; ++bit)
-      count_[8 * half + bit] +=
-          weight * _mm_popcnt_u64(_mm512_test_epi8_mask(bits, _mm512_set1_epi8(char(1 << bit))));
+      count_[8 * half + bit] += weight * _mm_popcnt_u64(_mm512_test_epi8_mask(bits, _mm512_set1_epi8(char(1 << bit))));
   }
 
   alignas(64) uint8_t bit_[2][kSpan] = {}, columns_[kLevels][2][64] = {}; // columns_: bits of counts, 2^level each

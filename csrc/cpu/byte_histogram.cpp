@@ -33,7 +33,6 @@ struct Counts {
   }
 };
 
-
 // The counts of one thread.
 class Histogram {
 public:
@@ -50,7 +49,7 @@ public:
       some = std::min(count - at, kPiece);
       tables_.add(of(at, some), some);
     }
-    if (++blocks_ < next_) return; // of more blocks the frequent bytes are better known
+    if (++blocks_ < next_) return;           // of more blocks the frequent bytes are better known
     next_ += std::min<int64_t>(next_, 4096); // long before a count overflows
     settle();
 #ifdef __x86_64__

@@ -13,8 +13,9 @@ constexpr int kGroups = int(kLosslessBlock / kLosslessGroup);
 
 constexpr int kAllPairs = 1 << 16;
 
-// In several tables: equal pairs in a row would wait for one another's counts. For a few blocks that does not pay. Tables
-// lie so that the few counts that matter, 1 KiB apart in each, do not share the same sets of the first-level cache.
+// In several tables: equal pairs in a row would wait for one another's counts. For a few blocks that does not pay.
+// Tables lie so that the few counts that matter, 1 KiB apart in each, do not share the same sets of the first-level
+// cache.
 class PairCounts {
 public:
   explicit PairCounts(bool several) : step_(several ? kAllPairs + 64 : 0), counts_(size_t(kAllPairs + 3 * step_), 0) {}
@@ -161,7 +162,8 @@ Escapes p7_encode_cpu(const P7Encode &args, int isa) {
   for (size_t r = 0, runs = escapes.runs.size(), blocks = size_t(lossless_blocks(numel)); r < runs; ++r) {
     const size_t first = r * blocks / runs, last = (r + 1) * blocks / runs;
     for (size_t b = first, base = args.offsets[b]; b < last; ++b) args.offsets[b + 1] += base;
-    const int64_t numbers = lossless_padded(std::min(int64_t(last) * kLosslessBlock, numel)) - int64_t(first) * kLosslessBlock;
+    const int64_t numbers =
+        lossless_padded(std::min(int64_t(last) * kLosslessBlock, numel)) - int64_t(first) * kLosslessBlock;
     if (args.sums) args.sums->append(sums[r], args.split.number, numbers, numbers / kLosslessGroup * kCodeBytes);
   }
   return escapes;

@@ -27,7 +27,7 @@ public:
       escapes_[s] = known.frequency[s] == 0;
       const int from = escapes_[s] ? kEscape : s, f = known.frequency[from];
       symbols_[s] = {uint32_t(((1 << 24) + f - 1) / f), uint32_t(f) << 8, uint16_t(256 - f),
-                    uint16_t(known.start[from])};
+                     uint16_t(known.start[from])};
     }
   }
 
@@ -97,7 +97,8 @@ struct NumberBlocks {
   int64_t numel, size; // size: bytes of a number
   BlockPlanes planes;
 
-  NumberBlocks(const ByteSplit &args, int isa) : numel(args.numel), size(kSplits[args.number].bytes), planes(args, isa) {}
+  NumberBlocks(const ByteSplit &args, int isa)
+      : numel(args.numel), size(kSplits[args.number].bytes), planes(args, isa) {}
 
   const uint8_t *bytes(int64_t block, uint8_t *room) {
     planes.split(block, room);
@@ -123,8 +124,8 @@ template <int kTogether> struct Workplace {
 // The payloads of blocks first .. last to `out`, and their ends in `ends`, counted from the first. Returns their bytes,
 // or -1 where there is no room for them.
 template <class Encoder, class Source>
-int64_t encode_run(const Encoder &encoder, Source &source, int64_t first, int64_t last, uint8_t *out,
-                   int64_t room, int64_t *ends) {
+int64_t encode_run(const Encoder &encoder, Source &source, int64_t first, int64_t last, uint8_t *out, int64_t room,
+                   int64_t *ends) {
   constexpr int kTogether = Encoder::kTogether;
   const std::unique_ptr<Workplace<kTogether>> place(new Workplace<kTogether>);
   uint8_t *at = out;
@@ -159,8 +160,8 @@ RansPayloads::Piece piece_of(int64_t bytes) {
   return {{static_cast<uint8_t *>(take_memory(size)), RansPayloads::GiveBack{size}}, 0};
 }
 
-// One of these walks over blocks for each piece; the first piece lies in `data`, if that is not null, and has `room` bytes
-// there: false where that was not enough.
+// One of these walks over blocks for each piece; the first piece lies in `data`, if that is not null, and has `room`
+// bytes there: false where that was not enough.
 template <class Encoder, class Source>
 bool encode_pieces(const RansSymbols &symbols, std::vector<Source> &sources, int64_t *offsets, uint8_t *data,
                    int64_t room, RansPayloads &payloads) {

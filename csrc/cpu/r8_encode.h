@@ -37,7 +37,8 @@ struct R8Numbers {
   SectionSums *sums;
 };
 
-// Numbers split and their fields coded, each read once, and the checksums of what was written. Returns the bytes of `data`, or -1 where they do not fit.
+// Numbers split and their fields coded, each read once, and the checksums of what was written. Returns the bytes of
+// `data`, or -1 where they do not fit.
 int64_t r8_encode_numbers_cpu(const R8Numbers &args, int isa);
 
 } // namespace fastloss

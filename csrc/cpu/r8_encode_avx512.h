@@ -9,9 +9,10 @@ namespace fastloss {
 namespace avx512 {
 namespace {
 
-// With 2^(L-1) < f <= 2^L and k = 15 + L, x / f = x factor >> 16 >> shift for all x < 256 f, shift = L - 1, where factor
-// is 2^k / f rounded up: f factor = 2^k + e and 256 f e < 2^k, since e < f. That ends at f = 128. For the one frequency
-// that may be larger it may be wrong, and then (x + 1) factor is right with 2^k / f rounded down, for all other f too.
+// With 2^(L-1) < f <= 2^L and k = 15 + L, x / f = x factor >> 16 >> shift for all x < 256 f, shift = L - 1, where
+// factor is 2^k / f rounded up: f factor = 2^k + e and 256 f e < 2^k, since e < f. That ends at f = 128. For the one
+// frequency that may be larger it may be wrong, and then (x + 1) factor is right with 2^k / f rounded down, for all
+// other f too.
 struct Division {
   uint16_t factor, shift;
 
@@ -83,8 +84,8 @@ public:
     const __m512i turned = _mm512_load_si512(order);
     const uint16_t *end = block.stream() + block.streamed;
     for (int64_t i = 0; i < block.streamed; i += 64, end -= 64)
-      _mm512_storeu_si512(
-          out + i, _mm512_permutex2var_epi8(_mm512_loadu_si512(end - 32), turned, _mm512_loadu_si512(end - 64)));
+      _mm512_storeu_si512(out + i,
+                          _mm512_permutex2var_epi8(_mm512_loadu_si512(end - 32), turned, _mm512_loadu_si512(end - 64)));
   }
 
 private:
@@ -145,7 +146,8 @@ private:
       for (int b = 0; b < kBlocks; ++b) {
         const __m512i raw = _mm512_loadu_si512(all_bytes[b] + at);
         __m512i symbols;
-        if constexpr (kIsNear) symbols = _mm512_permutexvar_epi8(_mm512_min_epu8(_mm512_sub_epi8(raw, first), far), near);
+        if constexpr (kIsNear)
+          symbols = _mm512_permutexvar_epi8(_mm512_min_epu8(_mm512_sub_epi8(raw, first), far), near);
         else symbols = look_up(numbers, raw);
         if (_mm512_cmpeq_epi8_mask(symbols, escape)) {
           const __m512i order = _mm512_load_si512(turned);

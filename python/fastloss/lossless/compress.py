@@ -254,4 +254,6 @@ def _are_noise(counts: np.ndarray) -> bool:
 
 def _rest_is_noise(flat: Tensor) -> bool:
     """Whether `_is_noise` is true of every byte plane of more than _SAMPLED numbers."""
-    return all(_are_noise(counts) for counts in sample_plane_counts(flat, flat.numel() // (_APART * BLOCK), _APART).numpy())
+    return all(
+        _are_noise(counts) for counts in sample_plane_counts(flat, flat.numel() // (_APART * BLOCK), _APART).numpy()
+    )

@@ -109,9 +109,7 @@ def p7_sizes(x: Tensor, counts: np.ndarray, table: Tensor) -> dict[int, int]:
     return sizes | {Section.ESCAPE_POSITIONS: 2 * escapes, Section.ESCAPE_VALUES: 2 * x.itemsize * escapes}
 
 
-def p7_encode_within(
-    x: Tensor, table: Tensor, room: Mapping[int, Tensor]
-) -> tuple[dict[int, Tensor], dict[int, int]]:
+def p7_encode_within(x: Tensor, table: Tensor, room: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, int]]:
     """Write the sections of P7 to their places of `p7_sizes` bytes; those places, without the planes that are all 0.
 
     Beside them the crc32c of those sections that were summed up on the way.
