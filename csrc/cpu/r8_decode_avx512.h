@@ -2,7 +2,7 @@
 #pragma once
 #ifdef __x86_64__
 #include "byte_look_up.h"
-#include "r8_streams.h"
+#include "r8_literals.h"
 
 namespace fastloss {
 namespace avx512 {
@@ -18,18 +18,9 @@ struct FewSymbols {
   Bytes256 number;
   __m512i symbol, frequency, first;
 
-  static bool takes(const RansTable &table) { return table.symbols <= 64; }
   FASTLOSS_VBMI_INLINE static FewSymbols of(const RansTable &table) {
-    alignas(64) uint8_t numbers[kSlots], rows[3][64] = {};
-    int number = -1;
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (table.bias[slot] == 0) {
-        ++number;
-        rows[0][number] = table.symbol[slot], rows[1][number] = table.frequency[slot], rows[2][number] = uint8_t(slot);
-      }
-      numbers[slot] = uint8_t(number);
-    }
-    return {load_bytes(numbers), _mm512_load_si512(rows[0]), _mm512_load_si512(rows[1]), _mm512_load_si512(rows[2])};
+    return {load_bytes(table.number), _mm512_load_si512(table.symbol_of), _mm512_load_si512(table.frequency_of),
+            _mm512_load_si512(table.first_of)};
   }
   FASTLOSS_VBMI_INLINE static Slots look_up(const FewSymbols &t, __m512i slots) {
     const __m512i number = fastloss::look_up(t.number, slots);
@@ -70,35 +61,34 @@ FASTLOSS_VBMI static void expand_literals(RansStream &stream, __mmask32 lanes, u
   stream.literal -= _mm_popcnt_u32(lanes);
 }
 
-// The literals of two blocks by their steps' escapes: lanes of the first and the second take turns.
-FASTLOSS_VBMI static void expand_all_literals(RansStream *streams, const uint64_t *escapes, int64_t steps, uint8_t *out,
-                                              int64_t stride) {
-  for (int64_t first = 0; first < steps; first += 8) {
-    uint32_t some = _mm512_test_epi64_mask(_mm512_load_si512(escapes + first), _mm512_load_si512(escapes + first));
-    if (steps - first < 8) some &= (1u << (steps - first)) - 1;
-    for (; some; some &= some - 1) {
-      const int64_t step = first + _tzcnt_u32(some);
-      expand_literals(streams[0], uint32_t(_pext_u64(escapes[step], 0x5555555555555555)), out + step * kRansLanes);
-      expand_literals(streams[1], uint32_t(_pext_u64(escapes[step], 0xaaaaaaaaaaaaaaaa)),
-                      out + stride + step * kRansLanes);
-    }
+// Steps of two blocks each, 64 at most: bit e of the result says whether step e has escapes.
+FASTLOSS_VBMI_INLINE uint64_t steps_with_escapes(const uint64_t *escapes, int64_t count) {
+  uint64_t some = 0;
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m512i eight = _mm512_load_si512(escapes + i);
+    some |= uint64_t(_mm512_test_epi64_mask(eight, eight)) << i;
   }
+  return count < 64 ? _bzhi_u64(some, uint32_t(count)) : some;
 }
 
-// 2 kPairs blocks, `stride` apart in `out`. The steps have no branches: literals are filled in behind them.
+// `steps` of 2 kPairs blocks from `first` on, `stride` apart in `out`. The steps have no branches: literals are filled
+// in behind them.
 template <class Table, int kPairs>
-FASTLOSS_VBMI void decode_pairs(const Table &table, int first_escape_slot, RansStream *streams, int64_t steps,
-                                uint8_t *out, int64_t stride) {
+FASTLOSS_VBMI void decode_pairs(const Table &table, int first_escape_slot, RansBlocks &blocks, int64_t first,
+                                int64_t steps, uint8_t *out, int64_t stride) {
   const __m512i low_bytes = _mm512_set1_epi16(0x00ff), high_bytes = _mm512_set1_epi16(int16_t(0xff00));
   const __m512i first_escape = _mm512_set1_epi8(char(first_escape_slot));
-  alignas(64) uint64_t escapes[kPairs][kLosslessBlock / kRansLanes];
+  alignas(64) uint64_t escapes[kPairs * kLosslessBlock / kRansLanes]; // of two blocks: their lanes take turns
   alignas(64) uint8_t twice_index[64], apart_index[64];
   for (int i = 0; i < 64; ++i) twice_index[i] = uint8_t(i / 2), apart_index[i] = uint8_t(2 * i % 64 + i / 32);
   const __m512i twice = _mm512_load_si512(twice_index), apart = _mm512_load_si512(apart_index);
+  RansStream *streams = blocks.streams + first;
+  uint16_t(*states)[kRansLanes] = blocks.states + first;
+  out += first * stride;
   __m512i x[2 * kPairs];
   const uint8_t *cursor[2 * kPairs], *end[2 * kPairs];
   for (int b = 0; b < 2 * kPairs; ++b)
-    x[b] = _mm512_loadu_si512(streams[b].begin), cursor[b] = streams[b].cursor, end[b] = streams[b].end;
+    x[b] = _mm512_load_si512(states[b]), cursor[b] = streams[b].cursor, end[b] = streams[b].end;
   for (int64_t step = 0; step < steps; ++step) {
     uint8_t *at = out + step * kRansLanes;
 #pragma GCC unroll 4
@@ -110,7 +100,7 @@ FASTLOSS_VBMI void decode_pairs(const Table &table, int first_escape_slot, RansS
       const __m512i symbols = _mm512_permutexvar_epi8(apart, s.symbol);
       _mm256_store_si256((__m256i *)(at + 2 * p * stride), _mm512_castsi512_si256(symbols));
       _mm256_store_si256((__m256i *)(at + (2 * p + 1) * stride), _mm512_extracti64x4_epi64(symbols, 1));
-      _store_mask64((__mmask64 *)&escapes[p][step], _mm512_cmpge_epu8_mask(slots, first_escape));
+      _store_mask64((__mmask64 *)&escapes[step * kPairs + p], _mm512_cmpge_epu8_mask(slots, first_escape));
       a = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_srli_epi16(a, 8), _mm512_and_si512(s.frequency, low_bytes)),
                            _mm512_and_si512(s.bias, low_bytes));
       b = _mm512_add_epi16(
@@ -120,31 +110,32 @@ FASTLOSS_VBMI void decode_pairs(const Table &table, int first_escape_slot, RansS
       b = take_bytes(b, twice, high_bytes, cursor[2 * p + 1], end[2 * p + 1]);
     }
   }
-  for (int p = 0; p < kPairs; ++p)
-    expand_all_literals(streams + 2 * p, escapes[p], steps, out + 2 * p * stride, stride);
+  for (int b = 0; b < 2 * kPairs; ++b) _mm512_store_si512(states[b], x[b]), streams[b].cursor = cursor[b];
+  for (int64_t i = 0; i < steps * kPairs; i += 64)
+    for (uint64_t some = steps_with_escapes(escapes + i, std::min<int64_t>(64, steps * kPairs - i)); some;
+         some &= some - 1) {
+      const int64_t e = i + int64_t(_tzcnt_u64(some)), pair = e % kPairs;
+      uint8_t *at = out + 2 * pair * stride + e / kPairs * kRansLanes;
+      expand_literals(streams[2 * pair], uint32_t(_pext_u64(escapes[e], 0x5555555555555555)), at);
+      expand_literals(streams[2 * pair + 1], uint32_t(_pext_u64(escapes[e], 0xaaaaaaaaaaaaaaaa)), at + stride);
+    }
 }
 
-// Pairs side by side while there are enough blocks; only a plane's last block can be shorter than the others.
 template <class Table>
-FASTLOSS_VBMI void decode_with(const RansTable &slots, RansStream *streams, int count, uint8_t *out) {
+FASTLOSS_VBMI void decode_with(const RansTable &slots, RansBlocks &blocks, int64_t steps, uint8_t *out,
+                               int64_t stride) {
   const Table table = Table::of(slots);
   const int escape = slots.first_escape;
-  int b = 0;
-  for (; count - b >= 8; b += 8)
-    decode_pairs<Table, 4>(table, escape, streams + b, streams[b].steps, out + b * kLosslessBlock, kLosslessBlock);
-  for (; count - b >= 4; b += 4)
-    decode_pairs<Table, 2>(table, escape, streams + b, streams[b].steps, out + b * kLosslessBlock, kLosslessBlock);
-  for (; count - b >= 2; b += 2)
-    decode_pairs<Table, 1>(table, escape, streams + b, streams[b].steps, out + b * kLosslessBlock, kLosslessBlock);
-  if (b == count) return;
-  // A block without a partner is its own: it is decoded twice, to the same place.
-  RansStream twins[2] = {streams[b], streams[b]};
-  decode_pairs<Table, 1>(table, escape, twins, twins[0].steps, out + b * kLosslessBlock, 0);
+  const int64_t count = (blocks.count + 1) / 2 * 2;
+  int64_t b = 0;
+  for (; count - b >= 8; b += 8) decode_pairs<Table, 4>(table, escape, blocks, b, steps, out, stride);
+  for (; count - b >= 4; b += 4) decode_pairs<Table, 2>(table, escape, blocks, b, steps, out, stride);
+  for (; count - b >= 2; b += 2) decode_pairs<Table, 1>(table, escape, blocks, b, steps, out, stride);
 }
 
-void decode(const RansTable &table, RansStream *streams, int count, uint8_t *out) {
-  if (FewSymbols::takes(table)) return decode_with<FewSymbols>(table, streams, count, out);
-  decode_with<ManySymbols>(table, streams, count, out);
+void decode(const RansTable &table, RansBlocks &blocks, int64_t steps, uint8_t *out, int64_t stride) {
+  if (table.symbols <= RansTable::kFewSymbols) decode_with<FewSymbols>(table, blocks, steps, out, stride);
+  else decode_with<ManySymbols>(table, blocks, steps, out, stride);
 }
 
 } // namespace
