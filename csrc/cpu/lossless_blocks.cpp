@@ -24,6 +24,13 @@ DecodeLoops decode_loops_for(int isa) {
   return scalar::decode_loops();
 }
 
+std::vector<RansTable> tables_of(const Compressed &c) {
+  std::vector<RansTable> tables;
+  for (const RansPlane &plane : c.coded)
+    if (plane.frequencies) tables.emplace_back(plane.frequencies);
+  return tables;
+}
+
 // Section offsets are signed when they are compared: what is negative is 0.
 int64_t clamped(uint64_t offset, int64_t most) { return std::min(std::max(int64_t(offset), int64_t(0)), most); }
 
@@ -46,10 +53,7 @@ __attribute__((always_inline)) inline void ask_ahead(const Compressed &c, int64_
 } // namespace
 
 LosslessBlocks::LosslessBlocks(const Compressed &c, int item, int isa)
-    : c(c), item(item), count(lossless_blocks(c.numel)), isa_(isa), loops_(decode_loops_for(isa)) {
-  for (const RansPlane &plane : c.coded)
-    if (plane.frequencies) tables_.emplace_back(plane.frequencies);
-}
+    : c(c), item(item), count(lossless_blocks(c.numel)), tables(tables_of(c)), isa_(isa), loops_(decode_loops_for(isa)) {}
 
 int LosslessBlocks::threads(int64_t numbers, int64_t tasks) const {
   return numbers <= kFewNumbers ? 1 : int(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), tasks)));
@@ -64,8 +68,8 @@ CodedPieces::CodedPieces(const LosslessBlocks &blocks, int64_t first_block, int6
 
 void CodedPieces::next() {
   begin_ += size_;
-  for (size_t p = 0; p < blocks_.tables_.size(); ++p)
-    planes_[p].decode(blocks_.tables_[p], size_ / kRansLanes, room_ + int64_t(p) * kRansBlocks * size_, size_,
+  for (size_t p = 0; p < blocks_.tables.size(); ++p)
+    planes_[p].decode(blocks_.tables[p], size_ / kRansLanes, room_ + int64_t(p) * kRansBlocks * size_, size_,
                       blocks_.isa_);
 }
 

@@ -50,7 +50,8 @@ public:
 
   const Compressed &c;
   const int64_t item, count; // bytes of a number; number of blocks
-  bool ahead = false;        // ask memory for sections before their turn
+  const std::vector<RansTable> tables; // of the coded planes
+  bool ahead = false;                  // ask memory for sections before their turn
 
   // How many blocks are taken at once.
   int64_t together() const { return c.codec == kR8 ? kRansBlocks : 1; }
@@ -66,7 +67,6 @@ private:
   friend class CodedPieces;
   int isa_;
   DecodeLoops loops_;
-  std::vector<RansTable> tables_; // of the coded planes
 
   void decode_groups(const CodedPieces &coded, int64_t at, int64_t from, int64_t count, uint8_t *out) const;
   void write_escapes(int64_t block, int64_t from, int64_t to, uint8_t *out) const;
@@ -77,7 +77,7 @@ private:
 class CodedPieces {
 public:
   static int64_t room(const LosslessBlocks &blocks, int64_t size) {
-    return int64_t(blocks.tables_.size()) * kRansBlocks * size;
+    return int64_t(blocks.tables.size()) * kRansBlocks * size;
   }
   // first_block .. first_block + count; size: whole groups.
   CodedPieces(const LosslessBlocks &blocks, int64_t first_block, int64_t count, int64_t size, uint8_t *room);

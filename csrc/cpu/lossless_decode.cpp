@@ -3,6 +3,7 @@
 #include "crc32c.h"
 #include "huge_pages.h"
 #include "lossless_blocks.h"
+#include "r8_decode_bf16.h"
 
 #include <array>
 #include <atomic>
@@ -33,31 +34,23 @@ template <class Pair> void write_tile(const uint8_t *tile, int64_t columns, uint
     }
 }
 
-// Numbers first..first+count of the sequence by calls of body(coded, at, from, to, thread), each of whole pieces of
-// `size` numbers but at the ends; those of a block in their order.
+// Numbers of the sequence.
+struct Range {
+  int64_t first, count;
+  int64_t end() const { return first + count; }
+};
+
+// body(first block, their number, thread) of each task.
 template <class Body>
-void each_piece(const LosslessBlocks &blocks, int64_t size, int threads, int64_t first, int64_t count,
-                const Body &body) {
-  const int64_t begin = first / kLosslessBlock, end = lossless_blocks(first + count), together = blocks.together();
+void each_task(const LosslessBlocks &blocks, Range range, int threads, const Body &body) {
+  const int64_t begin = range.first / kLosslessBlock, end = lossless_blocks(range.end()), together = blocks.together();
   const int64_t tasks = (end - begin + together - 1) / together;
-  const ThreadRoom rooms(threads, CodedPieces::room(blocks, size));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < tasks; ++task) {
-      const int thread = omp_get_thread_num();
-      const int64_t block = begin + task * together, some = std::min(together, end - block);
-      CodedPieces coded(blocks, block, some, size, rooms.of(thread));
-      const int64_t longest = std::min(first + count - block * kLosslessBlock, kLosslessBlock);
-      for (int64_t start = 0; start < longest; start += size) {
-        coded.next();
-        for (int64_t at = 0; at < some; ++at) {
-          const int64_t before = (block + at) * kLosslessBlock; // numbers
-          const int64_t from = std::max(first - before, start);
-          const int64_t to = std::min({first + count - before, kLosslessBlock, start + size});
-          if (from < to) body(coded, at, from, to, thread);
-        }
-      }
+      const int64_t block = begin + task * together;
+      body(block, std::min(together, end - block), omp_get_thread_num());
     }
 #ifdef __x86_64__
     _mm_sfence(); // before anyone reads what passed the cache by
@@ -65,57 +58,119 @@ void each_piece(const LosslessBlocks &blocks, int64_t size, int threads, int64_t
   }
 }
 
-// Pieces small enough that all their parts lie in L1. Of R8 eight blocks are under way; checksums and tiles want longer
-// ones. An escape of P7 is looked for in each piece of its block.
+// body(at, from, to) of each piece of `coded` that lies in the range: numbers from..to of its `at`-th block.
+template <class Body> void each_piece(CodedPieces &coded, int64_t blocks, Range range, const Body &body) {
+  const int64_t longest = std::min(range.end() - coded.block(0) * kLosslessBlock, kLosslessBlock);
+  for (int64_t start = 0; start < longest; start += coded.size()) {
+    coded.next();
+    for (int64_t at = 0; at < blocks; ++at) {
+      const int64_t before = coded.block(at) * kLosslessBlock; // numbers
+      const int64_t from = std::max(range.first - before, start);
+      const int64_t to = std::min({range.end() - before, kLosslessBlock, start + coded.size()});
+      if (from < to) body(at, from, to);
+    }
+  }
+}
+
+// Small enough that all parts of a piece lie in L1. Of R8 eight blocks are under way; checksums and tiles want longer
+// pieces. An escape of P7 is looked for in each piece of its block.
 int64_t piece_size(const Compressed &c, bool long_ones) {
   if (c.codec == kR8) return long_ones ? kTile : 512;
   return c.codec == kP7 ? 4096 : kLosslessBlock;
 }
 
-// The same with the numbers in their place; then(coded, at, from, to, bytes, thread) sees them while they are hot in
-// cache. Results that would push everything else out of the cache pass it by. Without `out` nothing is kept.
-template <class Then>
-void decode_all(LosslessBlocks blocks, int64_t size, int64_t first, int64_t count, uint8_t *out, const Then &then) {
-  if (!count) return;
+// Where decoded numbers go: results that would push everything else out of the cache pass it by. Without `out` nothing
+// is kept.
+struct Destination {
+  const LosslessBlocks &blocks;
+  Range range;
+  uint8_t *out;
+  bool checked;
+  int64_t item = blocks.item, bytes = range.count * item;
+  bool tiles = blocks.c.layout == kLayoutTiles, stream = out && !tiles && bytes > kStreamed;
+  bool staged = tiles || stream || checked || !out; // made somewhere else first
+
+  uint8_t *of(int64_t block, int64_t from) const {
+    return out + (block * kLosslessBlock + from - range.first) * item;
+  }
+
+  // Numbers from..to of a block that were staged.
+  void take(int64_t block, int64_t from, int64_t to, const uint8_t *room) const {
+    if (!out) return;
+    if (!tiles) {
+      if (stream) blocks.stream_copy(room, (to - from) * item, of(block, from));
+      else memcpy(of(block, from), room, size_t((to - from) * item));
+      return;
+    }
+    const int64_t place = block * kLosslessBlock + from - range.first, columns = blocks.c.columns;
+    const int64_t across = columns / kTileColumns;
+    for (int64_t unit = place / kTile; unit < (place + to - from) / kTile; ++unit, room += kTile * item) {
+      uint8_t *corner = out + (unit / across * kTileRows * columns + unit % across * kTileColumns) * item;
+      if (item == 2) write_tile<uint32_t>(room, columns, corner);
+      else write_tile<uint64_t>(room, columns, corner);
+    }
+  }
+};
+
+// The numbers in their place; check(block, at, from, to, bytes, thread) sees them while they are hot in cache, of a
+// block in their order.
+template <class Check>
+void decode_all(LosslessBlocks &blocks, Range range, uint8_t *out, bool checked, int isa, const Check &check) {
+  if (!range.count) return;
   const Compressed &c = blocks.c;
-  const int64_t item = blocks.item, across = c.columns / kTileColumns;
-  const int threads = threads_for(blocks, count);
-  const bool tiles = c.layout == kLayoutTiles, stream = out && !tiles && count * item > kStreamed;
-  const bool staged = tiles || stream || !out;
-  blocks.ahead = count * item > kStreamed;
-  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(count * item));
-  const ThreadRoom rooms(threads, staged ? size * item : 0);
-  each_piece(blocks, size, threads, first, count,
-             [&](const CodedPieces &coded, int64_t at, int64_t from, int64_t to, int thread) {
-               const int64_t place = coded.block(at) * kLosslessBlock + from - first, bytes = (to - from) * item;
-               uint8_t *room = staged ? rooms.of(thread) : out + place * item;
-               blocks.decode(coded, at, from, to, room);
-               then(coded, at, from, to, room, thread);
-               if (stream) blocks.stream_copy(room, bytes, out + place * item);
-               if (!tiles || !out) return;
-               for (int64_t unit = place / kTile; unit < (place + to - from) / kTile; ++unit, room += kTile * item) {
-                 uint8_t *corner = out + (unit / across * kTileRows * c.columns + unit % across * kTileColumns) * item;
-                 if (item == 2) write_tile<uint32_t>(room, c.columns, corner);
-                 else write_tile<uint64_t>(room, c.columns, corner);
-               }
-             });
+  const Destination to_out{blocks, range, out, checked};
+  const int threads = threads_for(blocks, range.count);
+  const int64_t size = piece_size(c, to_out.tiles || checked), item = blocks.item;
+  const int64_t stride = RansBf16::kPiece * item + 64; // of blocks at once: not all in the same set of the cache
+  const bool at_once = RansBf16::takes(c, isa);
+  // Straight to where the numbers belong, if whole lines can be written there.
+  const bool direct = to_out.stream && !checked && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  blocks.ahead = to_out.bytes > kStreamed;
+  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(to_out.bytes));
+  const ThreadRoom coded_rooms(threads, CodedPieces::room(blocks, size));
+  const ThreadRoom rooms(threads, std::max(to_out.staged ? size * item : 0, at_once ? kRansBlocks * stride : 0));
+  each_task(blocks, range, threads, [&](int64_t first, int64_t count, int thread) {
+    uint8_t *room = rooms.of(thread);
+    const bool whole = first * kLosslessBlock >= range.first && (first + kRansBlocks) * kLosslessBlock <= range.end();
+    if (at_once && whole) {
+      RansBf16 eight(c, blocks.tables[0], first);
+      for (int64_t from = 0; from < kLosslessBlock; from += RansBf16::kPiece) {
+        if (direct && range.first % 32 == 0) {
+          eight.next(to_out.of(first, from), kLosslessBlock * item, true);
+          continue;
+        }
+        eight.next(room, stride, false);
+        for (int64_t at = 0; at < kRansBlocks; ++at) {
+          check(first + at, at, from, from + RansBf16::kPiece, room + at * stride, thread);
+          to_out.take(first + at, from, from + RansBf16::kPiece, room + at * stride);
+        }
+      }
+      return;
+    }
+    CodedPieces coded(blocks, first, count, size, coded_rooms.of(thread));
+    each_piece(coded, count, range, [&](int64_t at, int64_t from, int64_t to) {
+      uint8_t *made = to_out.staged ? room : to_out.of(first + at, from);
+      blocks.decode(coded, at, from, to, made);
+      check(first + at, at, from, to, made, thread);
+      if (to_out.staged) to_out.take(first + at, from, to, made);
+    });
+  });
 }
 
 } // namespace
 
 void lossless_decode_cpu(const Compressed &c, int item, int64_t first, int64_t count, uint8_t *out, int isa) {
-  decode_all(LosslessBlocks(c, item, isa), piece_size(c, c.layout == kLayoutTiles), first, count, out,
-             [](const CodedPieces &, int64_t, int64_t, int64_t, const uint8_t *, int) {});
+  LosslessBlocks blocks(c, item, isa);
+  decode_all(blocks, {first, count}, out, false, isa, [](int64_t, int64_t, int64_t, int64_t, const uint8_t *, int) {});
 }
 
 int64_t lossless_decode_checked_cpu(const Compressed &c, int item, uint8_t *out, int isa) {
-  const LosslessBlocks blocks(c, item, isa);
+  LosslessBlocks blocks(c, item, isa);
   const Crc32c crc(isa);
   std::atomic<int64_t> bad{c.numel};
   std::vector<std::array<uint32_t, kRansBlocks>> sums(size_t(threads_for(blocks, c.numel))); // so far, of each block
-  decode_all(blocks, piece_size(c, true), 0, c.numel, out,
-             [&](const CodedPieces &coded, int64_t at, int64_t from, int64_t to, const uint8_t *bytes, int thread) {
-               const int64_t block = coded.block(at);
+  decode_all(blocks, {0, c.numel}, out, true, isa,
+             [&](int64_t block, int64_t at, int64_t from, int64_t to, const uint8_t *bytes, int thread) {
                uint32_t &sum = sums[size_t(thread)][size_t(at)];
                sum = crc.of(bytes, (to - from) * item, from ? sum : 0);
                if (to < blocks.numbers(block) || sum == c.block_crc[block]) return;
