@@ -49,7 +49,7 @@ public:
   LosslessBlocks(const Compressed &c, int item, int isa);
 
   const Compressed &c;
-  const int64_t item, count; // bytes of a number; number of blocks
+  const int64_t item, count;           // bytes of a number; number of blocks
   const std::vector<RansTable> tables; // of the coded planes
   bool ahead = false;                  // ask memory for sections before their turn
 

@@ -15,6 +15,9 @@
 namespace fastloss {
 namespace {
 
+// Bytes of a result that passes the cache by: what is not in it anyway need not be read to be overwritten. Eight blocks
+// at once have lines in eight places, for which ordinary stores wait longer.
+constexpr int64_t kPastCache = 4 << 20, kPastCacheAtOnce = 2 << 20;
 constexpr int64_t kTileRows = 16, kTileColumns = 128, kTile = kTileRows * kTileColumns;
 
 int threads_for(const LosslessBlocks &blocks, int64_t numbers) {
@@ -41,8 +44,7 @@ struct Range {
 };
 
 // body(first block, their number, thread) of each task.
-template <class Body>
-void each_task(const LosslessBlocks &blocks, Range range, int threads, const Body &body) {
+template <class Body> void each_task(const LosslessBlocks &blocks, Range range, int threads, const Body &body) {
   const int64_t begin = range.first / kLosslessBlock, end = lossless_blocks(range.end()), together = blocks.together();
   const int64_t tasks = (end - begin + together - 1) / together;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -79,20 +81,15 @@ int64_t piece_size(const Compressed &c, bool long_ones) {
   return c.codec == kP7 ? 4096 : kLosslessBlock;
 }
 
-// Where decoded numbers go: results that would push everything else out of the cache pass it by. Without `out` nothing
-// is kept.
+// Where decoded numbers go: large results pass the cache by. Without `out` nothing is kept.
 struct Destination {
   const LosslessBlocks &blocks;
   Range range;
   uint8_t *out;
-  bool checked;
-  int64_t item = blocks.item, bytes = range.count * item;
-  bool tiles = blocks.c.layout == kLayoutTiles, stream = out && !tiles && bytes > kStreamed;
-  bool staged = tiles || stream || checked || !out; // made somewhere else first
+  bool large, tiles = blocks.c.layout == kLayoutTiles, stream = out && large && !tiles;
+  int64_t item = blocks.item;
 
-  uint8_t *of(int64_t block, int64_t from) const {
-    return out + (block * kLosslessBlock + from - range.first) * item;
-  }
+  uint8_t *of(int64_t block, int64_t from) const { return out + (block * kLosslessBlock + from - range.first) * item; }
 
   // Numbers from..to of a block that were staged.
   void take(int64_t block, int64_t from, int64_t to, const uint8_t *room) const {
@@ -118,41 +115,44 @@ template <class Check>
 void decode_all(LosslessBlocks &blocks, Range range, uint8_t *out, bool checked, int isa, const Check &check) {
   if (!range.count) return;
   const Compressed &c = blocks.c;
-  const Destination to_out{blocks, range, out, checked};
-  const int threads = threads_for(blocks, range.count);
-  const int64_t size = piece_size(c, to_out.tiles || checked), item = blocks.item;
-  const int64_t stride = RansBf16::kPiece * item + 64; // of blocks at once: not all in the same set of the cache
   const bool at_once = RansBf16::takes(c, isa);
-  // Straight to where the numbers belong, if whole lines can be written there.
-  const bool direct = to_out.stream && !checked && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  blocks.ahead = to_out.bytes > kStreamed;
-  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(to_out.bytes));
+  const int64_t item = blocks.item, bytes = range.count * item;
+  const Destination to_out{blocks, range, out, bytes > (at_once ? kPastCacheAtOnce : kPastCache)};
+  const bool staged = to_out.tiles || to_out.stream || !out;
+  const bool direct = to_out.stream && !checked && reinterpret_cast<uintptr_t>(to_out.of(0, 0)) % 64 == 0;
+  const int threads = threads_for(blocks, range.count);
+  const int64_t size = piece_size(c, to_out.tiles || checked);
+  const int64_t stride = RansBf16::kPiece * item + 64; // of blocks at once: not all in the same set of the cache
+  blocks.ahead = bytes > kPastCache;
+  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(bytes));
   const ThreadRoom coded_rooms(threads, CodedPieces::room(blocks, size));
-  const ThreadRoom rooms(threads, std::max(to_out.staged ? size * item : 0, at_once ? kRansBlocks * stride : 0));
-  each_task(blocks, range, threads, [&](int64_t first, int64_t count, int thread) {
+  const ThreadRoom rooms(threads, std::max(staged ? size * item : 0, at_once ? kRansBlocks * stride : 0));
+
+  const auto eight_at_once = [&](int64_t first, int thread) {
     uint8_t *room = rooms.of(thread);
-    const bool whole = first * kLosslessBlock >= range.first && (first + kRansBlocks) * kLosslessBlock <= range.end();
-    if (at_once && whole) {
-      RansBf16 eight(c, blocks.tables[0], first);
-      for (int64_t from = 0; from < kLosslessBlock; from += RansBf16::kPiece) {
-        if (direct && range.first % 32 == 0) {
-          eight.next(to_out.of(first, from), kLosslessBlock * item, true);
-          continue;
-        }
-        eight.next(room, stride, false);
-        for (int64_t at = 0; at < kRansBlocks; ++at) {
-          check(first + at, at, from, from + RansBf16::kPiece, room + at * stride, thread);
-          to_out.take(first + at, from, from + RansBf16::kPiece, room + at * stride);
-        }
+    RansBf16 eight(c, blocks.tables[0], first);
+    for (int64_t from = 0, to; from < kLosslessBlock; from = to) {
+      to = from + RansBf16::kPiece;
+      if (direct) {
+        eight.next(to_out.of(first, from), kLosslessBlock * item, true);
+        continue;
       }
-      return;
+      eight.next(room, stride, false);
+      for (int64_t at = 0; at < kRansBlocks; ++at) {
+        check(first + at, at, from, to, room + at * stride, thread);
+        to_out.take(first + at, from, to, room + at * stride);
+      }
     }
+  };
+  each_task(blocks, range, threads, [&](int64_t first, int64_t count, int thread) {
+    const bool whole = first * kLosslessBlock >= range.first && (first + kRansBlocks) * kLosslessBlock <= range.end();
+    if (at_once && whole) return eight_at_once(first, thread);
     CodedPieces coded(blocks, first, count, size, coded_rooms.of(thread));
     each_piece(coded, count, range, [&](int64_t at, int64_t from, int64_t to) {
-      uint8_t *made = to_out.staged ? room : to_out.of(first + at, from);
+      uint8_t *made = staged ? rooms.of(thread) : to_out.of(first + at, from);
       blocks.decode(coded, at, from, to, made);
       check(first + at, at, from, to, made, thread);
-      if (to_out.staged) to_out.take(first + at, from, to, made);
+      if (staged) to_out.take(first + at, from, to, made);
     });
   });
 }

@@ -51,7 +51,7 @@ FASTLOSS_AVX2 void decode_two(const int *entries, RansBlocks &blocks, int64_t fi
   const uint8_t *cursor[2];
   uint8_t *const rows[2] = {out + first * stride, out + (first + 1) * stride};
   RansStream *streams = blocks.streams + first;
-  uint16_t(*states)[kRansLanes] = blocks.states + first;
+  uint16_t (*states)[kRansLanes] = blocks.states + first;
   for (int b = 0; b < 2; ++b) {
     for (int part = 0; part < 4; ++part)
       x[b][part] = _mm256_cvtepu16_epi32(_mm_load_si128((const __m128i *)(states[b] + 8 * part)));

@@ -55,8 +55,7 @@ struct StepConstants {
 };
 
 // The states that fell below 256 take the stream's next bytes.
-FASTLOSS_VBMI_INLINE __m512i take_bytes(const StepConstants &k, __m512i x, const uint8_t *&cursor,
-                                        const uint8_t *end) {
+FASTLOSS_VBMI_INLINE __m512i take_bytes(const StepConstants &k, __m512i x, const uint8_t *&cursor, const uint8_t *end) {
   constexpr int kAhead = 192; // bytes: eight short streams are too many for the processor's own prefetchers
   _mm_prefetch(reinterpret_cast<const char *>(cursor) + kAhead, _MM_HINT_T0);
   const __mmask32 need = _mm512_testn_epi16_mask(x, k.high_bytes);
@@ -73,8 +72,7 @@ FASTLOSS_VBMI_INLINE __m512i step(const Table &table, const StepConstants &k, __
   const __m512i slots = _mm512_ternarylogic_epi64(k.low_bytes, x[0], _mm512_slli_epi16(x[1], 8), 0xea);
   const Slots s = Table::look_up(table, slots);
   _store_mask64((__mmask64 *)escapes, _mm512_cmpge_epu8_mask(slots, k.first_escape));
-  const __m512i first =
-      _mm512_mullo_epi16(_mm512_srli_epi16(x[0], 8), _mm512_and_si512(s.frequency, k.low_bytes));
+  const __m512i first = _mm512_mullo_epi16(_mm512_srli_epi16(x[0], 8), _mm512_and_si512(s.frequency, k.low_bytes));
   const __m512i second =
       _mm512_mulhi_epu16(_mm512_and_si512(x[1], k.high_bytes), _mm512_and_si512(s.frequency, k.high_bytes));
   x[0] = _mm512_add_epi16(first, _mm512_and_si512(s.bias, k.low_bytes));
@@ -115,7 +113,7 @@ FASTLOSS_VBMI void decode_pairs(const Table &table, int first_escape_slot, RansB
   for (int i = 0; i < 64; ++i) apart_index[i] = uint8_t(2 * i % 64 + i / 32);
   const __m512i apart = _mm512_load_si512(apart_index);
   RansStream *streams = blocks.streams + first;
-  uint16_t(*states)[kRansLanes] = blocks.states + first;
+  uint16_t (*states)[kRansLanes] = blocks.states + first;
   out += first * stride;
   __m512i x[2 * kPairs];
   const uint8_t *cursor[2 * kPairs], *end[2 * kPairs];

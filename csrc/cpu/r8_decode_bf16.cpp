@@ -9,7 +9,8 @@ namespace fastloss {
 #ifdef __x86_64__
 
 bool RansBf16::takes(const Compressed &c, int isa) {
-  const bool plain = c.codec == kR8 && c.number == kBf16 && c.layout != kLayoutTiles && c.bytes[0];
+  const bool plain =
+      c.codec == kR8 && c.number == kBf16 && c.layout != kLayoutTiles && c.bytes[0] && !c.coded[1].frequencies;
   return plain && level_for(isa) >= kAvx512 && has_byte_look_ups();
 }
 

@@ -22,7 +22,7 @@ private:
   const RansTable &table_;
   RansBlocks blocks_;
   const uint8_t *plane_;
-  int64_t done_ = 0;                                     // numbers of each block
+  int64_t done_ = 0;                                    // numbers of each block
   alignas(64) uint8_t fields_[2][kRansBlocks * kPiece]; // of this piece and the next
 };
 

@@ -1,5 +1,5 @@
-// R8 to bf16 with AVX-512: while eight blocks take a step, what a step of the piece before gave is merged with signs and
-// mantissas, a line of each block. The steps are bound by the vector units and the lines by memory.
+// R8 to bf16 with AVX-512: while eight blocks take a step, what a step of the piece before gave is merged with signs
+// and mantissas, a line of each block. The steps are bound by the vector units and the lines by memory.
 #pragma once
 #ifdef __x86_64__
 #include "r8_decode_avx512.h"
@@ -33,8 +33,8 @@ FASTLOSS_VBMI_INLINE void merge_step(const StepConstants &k, const Merge &m, int
   const uint8_t *plane = m.plane + 2 * pair * kLosslessBlock + step * kRansLanes;
   uint8_t *out = m.out + 2 * pair * m.stride + step * 64;
   put<kStream>(out, _mm512_ternarylogic_epi64(beside, twice(plane), _mm512_slli_epi16(fields, 7), 0xca));
-  put<kStream>(out + m.stride, _mm512_ternarylogic_epi64(beside, twice(plane + kLosslessBlock),
-                                                         _mm512_srli_epi16(fields, 1), 0xca));
+  put<kStream>(out + m.stride,
+               _mm512_ternarylogic_epi64(beside, twice(plane + kLosslessBlock), _mm512_srli_epi16(fields, 1), 0xca));
 }
 
 constexpr int64_t kPieceSteps = RansBf16::kPiece / kRansLanes;
@@ -54,18 +54,17 @@ FASTLOSS_VBMI void decode_piece(const RansTable &slots, RansBlocks &blocks, uint
 #pragma GCC unroll 4
     for (int p = 0; p < kPairs; ++p) {
       const int64_t e = s * kPairs + p;
-      _mm512_store_si512(fields + e * 64,
-                         step(table, constants, x + 2 * p, cursor + 2 * p, end + 2 * p, &escapes[e]));
+      _mm512_store_si512(fields + e * 64, step(table, constants, x + 2 * p, cursor + 2 * p, end + 2 * p, &escapes[e]));
       if (kMerge) merge_step<kStream>(constants, merge, s, p);
     }
   }
   for (int b = 0; b < 2 * kPairs; ++b) _mm512_store_si512(blocks.states[b], x[b]), streams[b].cursor = cursor[b];
-  static_assert(kPieceSteps * kPairs == 64);
-  for (uint64_t some = steps_with_escapes(escapes, 64); some; some &= some - 1) {
-    const int64_t e = int64_t(_tzcnt_u64(some)), pair = e % kPairs;
-    expand_literals(streams[2 * pair], escapes[e] & 0x5555555555555555, fields + e * 64);
-    expand_literals(streams[2 * pair + 1], escapes[e] & 0xaaaaaaaaaaaaaaaa, fields + e * 64);
-  }
+  for (int64_t i = 0; i < kPieceSteps * kPairs; i += 64)
+    for (uint64_t some = steps_with_escapes(escapes + i, 64); some; some &= some - 1) {
+      const int64_t e = i + int64_t(_tzcnt_u64(some)), pair = e % kPairs;
+      expand_literals(streams[2 * pair], escapes[e] & 0x5555555555555555, fields + e * 64);
+      expand_literals(streams[2 * pair + 1], escapes[e] & 0xaaaaaaaaaaaaaaaa, fields + e * 64);
+    }
 }
 
 template <bool kMerge, bool kStream>
