@@ -16,16 +16,20 @@ namespace {
 
 template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
-// All blocks; out: room for whole blocks, aligned to 64 bytes. For tests: lossless_decode is what decodes a tensor.
+// All blocks; out: room for an even number of whole blocks, aligned to 64 bytes. For tests: lossless_decode is what
+// decodes a tensor.
 void decode_plane(uintptr_t frequencies, uintptr_t offsets, uintptr_t data, int64_t data_bytes, int64_t numel,
                   uintptr_t out, int isa) {
   const RansPlane plane = {pointer<uint8_t>(frequencies), pointer<uint64_t>(offsets), pointer<uint8_t>(data),
                            data_bytes};
   py::gil_scoped_release release;
   const int64_t blocks = lossless_blocks(numel);
-  for (int64_t b = 0; b < blocks; b += kRansBlocks)
-    r8_decode_blocks(plane, numel, b, std::min(kRansBlocks, blocks - b), pointer<uint8_t>(out) + b * kLosslessBlock,
-                     isa);
+  const RansTable table(plane.frequencies);
+  for (int64_t b = 0; b < blocks; b += kRansBlocks) {
+    const int64_t some = std::min(kRansBlocks, blocks - b);
+    RansBlocks(plane, b, some)
+        .decode(table, kLosslessBlock / kRansLanes, pointer<uint8_t>(out) + b * kLosslessBlock, kLosslessBlock, isa);
+  }
 }
 
 } // namespace

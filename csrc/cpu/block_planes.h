@@ -63,7 +63,7 @@ public:
     const int64_t padded = lossless_padded(numbers_of_block(args_.numel, block));
     for (int p = 0; p < number_.byte_planes; ++p) {
       uint8_t *to = args_.bytes[p] + block * kLosslessBlock;
-      sums.bytes[p] = crc_.more(sums.bytes[p], bytes_[p], padded);
+      sums.bytes[p] = crc_.of(bytes_[p], padded, sums.bytes[p]);
 #ifdef __x86_64__
       if (stream_) {
         copy_past_cache(to, bytes_[p], padded);
@@ -73,8 +73,8 @@ public:
       memcpy(to, bytes_[p], size_t(padded));
     }
     if (number_.bit_planes)
-      sums.bits = crc_.more(sums.bits, args_.bits + block * number_.bit_planes * (kLosslessBlock / 8),
-                            padded / 8 * number_.bit_planes);
+      sums.bits = crc_.of(args_.bits + block * number_.bit_planes * (kLosslessBlock / 8),
+                          padded / 8 * number_.bit_planes, sums.bits);
   }
 
   // After the last block of a thread.

@@ -8,9 +8,8 @@ namespace fastloss {
 class Crc32c {
 public:
   explicit Crc32c(int isa);
-  uint32_t of(const uint8_t *data, int64_t bytes) const { return more(0, data, bytes); }
-  // Of what has the checksum `crc` and `data` behind it.
-  uint32_t more(uint32_t crc, const uint8_t *data, int64_t bytes) const { return ~update_(~crc, data, bytes); }
+  // `before`: the checksum of what lies before these bytes.
+  uint32_t of(const uint8_t *data, int64_t bytes, uint32_t before = 0) const { return ~update_(~before, data, bytes); }
   // Of what has the checksum `first` and behind it `bytes` bytes that have `second`.
   static uint32_t joined(uint32_t first, uint32_t second, int64_t bytes);
 

@@ -75,7 +75,7 @@ public:
       for (uint64_t left = escaped[g]; left; left &= left - 1) escape(g * kPairs + __builtin_ctzll(left), run);
     for (int p = 0; p < kSplits[number_].byte_planes; ++p)
       run.any[p] = run.any[p] || any_byte(parts_.bytes[p], lossless_padded(count_));
-    planes_.sums.data = planes_.crc().more(planes_.sums.data, codes_, groups * kCodeBytes);
+    planes_.sums.data = planes_.crc().of(codes_, groups * kCodeBytes, planes_.sums.data);
     planes_.write(block_);
   }
 

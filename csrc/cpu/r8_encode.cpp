@@ -110,7 +110,7 @@ struct NumberBlocks {
     return begin < end ? Ahead(planes.numbers(first), (end - begin) * size, kCalls) : Ahead();
   }
   void written(const uint8_t *payload, int64_t bytes) {
-    planes.sums.data = planes.crc().more(planes.sums.data, payload, bytes);
+    planes.sums.data = planes.crc().of(payload, bytes, planes.sums.data);
   }
   void finish() const { planes.finish(); }
 };
