@@ -66,13 +66,13 @@ void bind_lossless_encode(py::module_ &m) {
   m.def(
       "byte_split_cpu",
       [](uintptr_t x, int number, int64_t numel, uintptr_t field, const std::vector<uintptr_t> &planes, uintptr_t bits,
-         uintptr_t block_crc, int isa) {
-        const ByteSplit args = split_of(x, number, numel, field, planes, bits, block_crc);
+         int isa) {
+        const ByteSplit args = split_of(x, number, numel, field, planes, bits);
         py::gil_scoped_release release;
         byte_split_cpu(args, isa);
       },
       py::kw_only(), py::arg("x"), py::arg("number"), py::arg("numel"), py::arg("field"), py::arg("planes"),
-      py::arg("bits"), py::arg("block_crc"), py::arg("isa"));
+      py::arg("bits"), py::arg("isa"));
   m.def(
       "byte_histogram_cpu",
       [](uintptr_t plane, int64_t numel, uintptr_t counts, int isa) {

@@ -1,6 +1,5 @@
 // docs/design.md, "The lossless contract": the split of numbers, a block a task.
 #include "lossless_split.h"
-#include "crc32c.h"
 #include "encoder_blocks.h"
 #include "lossless_split_avx512.h"
 #include "simd.h"
@@ -80,23 +79,12 @@ SplitParts parts_of_block(const ByteSplit &args, int64_t block, uint8_t *field) 
 }
 
 void byte_split_cpu(const ByteSplit &args, int isa) {
-  const bool field_only = !args.bytes[0] && !args.bytes[1] && !args.bytes[2] && !args.bits;
-  const SplitGroups split = field_only ? fields_for(args.number, isa) : split_groups_for(args.number, isa);
-  const Split &parts_of = kSplits[args.number];
-  const Crc32c crc(isa);
+  const SplitGroups split = split_groups_for(args.number, isa);
   const uint8_t *x = static_cast<const uint8_t *>(args.x);
   each_run_of_blocks(args.numel, [&](int, int64_t first, int64_t last) {
-    alignas(64) uint8_t unkept[kLosslessBlock]; // a part that nobody wants is written here, and again
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t count = numbers_of_block(args.numel, b);
-      const uint8_t *numbers = x + b * kLosslessBlock * parts_of.bytes;
-      SplitParts parts = parts_of_block(args, b, args.field ? args.field + b * kLosslessBlock : unkept);
-      for (int p = 0; p < parts_of.byte_planes; ++p)
-        if (!args.bytes[p]) parts.bytes[p] = unkept;
-      for (int p = 0; p < parts_of.bit_planes && !args.bits; ++p) parts.bits[p] = unkept;
-      split_block(split, args.number, numbers, count, parts);
-      if (args.block_crc) args.block_crc[b] = crc.of(numbers, count * parts_of.bytes);
-    }
+    for (int64_t b = first; b < last; ++b)
+      split_block(split, args.number, x + b * kLosslessBlock * kSplits[args.number].bytes,
+                  numbers_of_block(args.numel, b), parts_of_block(args, b, args.field + b * kLosslessBlock));
   });
 }
 

@@ -25,13 +25,13 @@ struct ByteSplit {
   int64_t numel;
   uint8_t *field, *bytes[kMostBytePlanes]; // each [padded]
   uint8_t *bits;                           // section BITS
-  uint32_t *block_crc;                     // [blocks]
+  uint32_t *block_crc;                     // [blocks], section BLOCK_CRC; null: not wanted; for encoders alone
 };
 
 // The parts of block `block`, of `field` there.
 SplitParts parts_of_block(const ByteSplit &args, int64_t block, uint8_t *field);
 
-// Parts that are null are not kept. isa as in cpu.h.
+// isa as in cpu.h.
 void byte_split_cpu(const ByteSplit &args, int isa);
 
 } // namespace fastloss

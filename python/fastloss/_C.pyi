@@ -306,7 +306,7 @@ def p7_encode_cpu(
     block_crc: int, sums: int, isa: int,
 ) -> Escapes: ...  # fmt: skip
 def byte_split_cpu(
-    *, x: int, number: int, numel: int, field: int, planes: list[int], bits: int, block_crc: int, isa: int
+    *, x: int, number: int, numel: int, field: int, planes: list[int], bits: int, isa: int
 ) -> None: ...  # fmt: skip
 def byte_histogram_cpu(*, plane: int, numel: int, counts: int, isa: int) -> None: ...
 def field_histogram_cpu(*, x: int, number: int, numel: int, counts: int, isa: int) -> None: ...

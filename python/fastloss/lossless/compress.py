@@ -40,6 +40,8 @@ WORTH_CODING = 7.6
 #: Numbers up to which all of them are looked at to see whether a plane is noise; of more a sample.
 _SAMPLED = 64 * BLOCK
 _APART = 16
+#: Bytes of a block's states, and behind its payload what whole vectors write.
+_BLOCK_SPARE = 2 * LANES + SLACK
 
 
 def compress(
@@ -213,7 +215,7 @@ def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header
     counts = field_counts(flat).numpy()
     freq = frequencies(counts)
     table = torch.from_numpy(freq)
-    block_crc = torch.empty(blocks_of(flat.numel()), dtype=torch.int32)
+    block_crc = torch.empty(blocks_of(flat.numel()), dtype=torch.int32, device="cpu")
     for most in (_likely_bytes(counts, freq), 2 * padded(flat.numel()) + _BLOCK_SPARE * blocks_of(flat.numel())):
         within = header.room(dimensions, r8_sizes(flat, most), flat.device)
         if made := r8_encode_within(flat, table, within.parts, block_crc):
@@ -223,10 +225,6 @@ def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header
     written, crc = made
     within = header.room(dimensions, r8_sizes(flat, written), flat.device, within.memory, crc)
     return {**within.parts, Section.BLOCK_CRC: block_crc.view(torch.uint8)}, within
-
-
-#: States of a block, and bytes behind its payload that whole vectors write.
-_BLOCK_SPARE = 2 * LANES + SLACK
 
 
 def _likely_bytes(counts: np.ndarray, freq: np.ndarray) -> int:

@@ -89,7 +89,7 @@ def _p7_encode(
 
 def _section_sums() -> Tensor:
     """Room for SectionSums of csrc/cpu/block_planes.h."""
-    return torch.zeros(5, dtype=torch.int32)
+    return torch.zeros(5, dtype=torch.int32, device="cpu")
 
 
 def _by_section(sums: Tensor, room: Mapping[int, Tensor], data: Section) -> dict[int, int]:
@@ -153,7 +153,7 @@ def byte_split(x: Tensor) -> tuple[list[Tensor], Tensor]:
     field = kept_memory.empty((padded(x.numel()),), torch.uint8)
     _C.byte_split_cpu(  # type: ignore[union-attr]
         x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), field=pointer(field),
-        planes=[pointer(p) for p in planes], bits=pointer(bits), block_crc=0, isa=backend_cpp.ISA,
+        planes=[pointer(p) for p in planes], bits=pointer(bits), isa=backend_cpp.ISA,
     )  # fmt: skip
     return [field, *planes], bits
 
