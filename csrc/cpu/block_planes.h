@@ -49,6 +49,12 @@ public:
     return static_cast<const uint8_t *>(args_.x) + block * kLosslessBlock * number_.bytes;
   }
 
+  // The numbers of blocks first .. last on their way in so many calls; there may be no such blocks.
+  Ahead ahead(int64_t first, int64_t last, int64_t calls) const {
+    const int64_t count = std::min(last * kLosslessBlock, args_.numel) - first * kLosslessBlock;
+    return count > 0 ? Ahead(numbers(first), count * number_.bytes, calls) : Ahead();
+  }
+
   // Splits a block: the byte planes are here until `write`.
   SplitParts split(int64_t block, uint8_t *field) {
     SplitParts parts = parts_of_block(args_, block, field);

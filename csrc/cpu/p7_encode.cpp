@@ -66,10 +66,10 @@ public:
         count_(numbers_of_block(args.split.numel, block)), x_(planes.numbers(block)),
         codes_(args.codes + block * kGroups * kCodeBytes), planes_(planes), parts_(planes.split(block, fields_)) {}
 
-  void encode(const PairCodes &codes, EncodeGroups encode, Escapes::Run &run) {
+  void encode(const PairCodes &codes, EncodeGroups encode, int64_t last, Escapes::Run &run) {
     const int64_t groups = lossless_padded(count_) / kLosslessGroup;
     uint64_t escaped[kGroups];
-    encode(codes, fields_, groups, codes_, escaped);
+    encode(codes, fields_, groups, codes_, escaped, planes_.ahead(block_ + 1, std::min(block_ + 2, last), kGroups));
     end_at((count_ + 1) / 2, groups, escaped);
     for (int64_t g = 0; g < groups; ++g)
       for (uint64_t left = escaped[g]; left; left &= left - 1) escape(g * kPairs + __builtin_ctzll(left), run);
@@ -151,7 +151,7 @@ Escapes p7_encode_cpu(const P7Encode &args, int isa) {
     Escapes::Run &found = escapes.runs[size_t(run)];
     const std::unique_ptr<BlockPlanes> planes(new BlockPlanes(args.split, isa));
     for (int64_t b = first; b < last; ++b) {
-      EncodedBlock(args, *planes, b).encode(codes, encode, found);
+      EncodedBlock(args, *planes, b).encode(codes, encode, last, found);
       args.offsets[b + 1] = found.positions.size(); // within the run
     }
     planes->finish();

@@ -94,21 +94,17 @@ struct PlaneBlocks {
 constexpr int64_t kCalls = kLosslessBlock / (2 * kRansLanes); // of a block, two steps each
 
 struct NumberBlocks {
-  int64_t numel, size; // size: bytes of a number
+  int64_t numel;
   BlockPlanes planes;
 
-  NumberBlocks(const ByteSplit &args, int isa)
-      : numel(args.numel), size(kSplits[args.number].bytes), planes(args, isa) {}
+  NumberBlocks(const ByteSplit &args, int isa) : numel(args.numel), planes(args, isa) {}
 
   const uint8_t *bytes(int64_t block, uint8_t *room) {
     planes.split(block, room);
     planes.write(block);
     return room;
   }
-  Ahead ahead(int64_t first, int64_t last) const {
-    const int64_t begin = first * kLosslessBlock, end = std::min(last * kLosslessBlock, numel);
-    return begin < end ? Ahead(planes.numbers(first), (end - begin) * size, kCalls) : Ahead();
-  }
+  Ahead ahead(int64_t first, int64_t last) const { return planes.ahead(first, last, kCalls); }
   void written(const uint8_t *payload, int64_t bytes) {
     planes.sums.data = planes.crc().of(payload, bytes, planes.sums.data);
   }

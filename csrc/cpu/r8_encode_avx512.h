@@ -3,6 +3,7 @@
 #pragma once
 #ifdef __x86_64__
 #include "byte_look_up.h"
+#include "encoder_blocks.h"
 #include "r8_symbols.h"
 
 namespace fastloss {

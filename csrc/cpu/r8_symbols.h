@@ -2,7 +2,6 @@
 #pragma once
 #include "../lossless.h"
 
-#include <algorithm>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -29,19 +28,6 @@ inline RansSymbols symbols_of(const uint8_t *frequencies) {
   }
   return symbols;
 }
-
-// The numbers of the next blocks, a few cache lines of them at each of `calls` calls: coding is no time to read memory.
-struct Ahead {
-  const uint8_t *at, *end;
-  int64_t each; // bytes
-
-  Ahead() : at(nullptr), end(nullptr), each(0) {}
-  Ahead(const uint8_t *numbers, int64_t bytes, int64_t calls)
-      : at(numbers), end(numbers + bytes), each(((bytes + calls - 1) / calls + 63) / 64 * 64) {}
-  void some() {
-    for (const uint8_t *until = std::min(at + each, end); at < until; at += 64) __builtin_prefetch(at, 0, 2);
-  }
-};
 
 // One block as an encoder leaves it. It runs from the last number to the first, and so both lists are back to front:
 // the stream must be turned round, while a payload holds literals in this very order.
