@@ -40,8 +40,6 @@ public:
   BlockPlanes(const ByteSplit &args, int isa)
       : args_(args), split_(split_groups_for(args.number, isa)), crc_(isa), number_(kSplits[args.number]) {
     stream_ = level_for(isa) >= kAvx512 && args.numel * number_.byte_planes >= kStreamed;
-    for (int p = 0; p < number_.byte_planes; ++p)
-      stream_ = stream_ && reinterpret_cast<uintptr_t>(args.bytes[p]) % 64 == 0;
   }
 
   const Crc32c &crc() const { return crc_; }
@@ -67,20 +65,21 @@ public:
 
   void write(int64_t block) {
     const int64_t padded = lossless_padded(numbers_of_block(args_.numel, block));
-    for (int p = 0; p < number_.byte_planes; ++p) {
-      uint8_t *to = args_.bytes[p] + block * kLosslessBlock;
-      sums.bytes[p] = crc_.of(bytes_[p], padded, sums.bytes[p]);
-#ifdef __x86_64__
-      if (stream_) {
-        copy_past_cache(to, bytes_[p], padded);
-        continue;
-      }
-#endif
-      memcpy(to, bytes_[p], size_t(padded));
-    }
+    for (int p = 0; p < number_.byte_planes; ++p)
+      write(bytes_[p], padded, args_.bytes[p] + block * kLosslessBlock, sums.bytes[p]);
     if (number_.bit_planes)
       sums.bits = crc_.of(args_.bits + block * number_.bit_planes * (kLosslessBlock / 8),
                           padded / 8 * number_.bit_planes, sums.bits);
+  }
+
+  // Any section's next bytes, from an address that is a multiple of 64.
+  void write(const uint8_t *from, int64_t bytes, uint8_t *to, uint32_t &sum) const {
+    sum = crc_.of(from, bytes, sum);
+#ifdef __x86_64__
+    if (stream_ && bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+      return copy_past_cache(to, from, bytes);
+#endif
+    memcpy(to, from, size_t(bytes));
   }
 
   // After the last block of a thread.

@@ -63,8 +63,8 @@ class EncodedBlock {
 public:
   EncodedBlock(const P7Encode &args, BlockPlanes &planes, int64_t block)
       : number_(args.split.number), bytes_(kSplits[number_].bytes), block_(block),
-        count_(numbers_of_block(args.split.numel, block)), x_(planes.numbers(block)),
-        codes_(args.codes + block * kGroups * kCodeBytes), planes_(planes), parts_(planes.split(block, fields_)) {}
+        count_(numbers_of_block(args.split.numel, block)), x_(planes.numbers(block)), all_codes_(args.codes),
+        planes_(planes), parts_(planes.split(block, fields_)) {}
 
   void encode(const PairCodes &codes, EncodeGroups encode, int64_t last, Escapes::Run &run) {
     const int64_t groups = lossless_padded(count_) / kLosslessGroup;
@@ -75,7 +75,7 @@ public:
       for (uint64_t left = escaped[g]; left; left &= left - 1) escape(g * kPairs + __builtin_ctzll(left), run);
     for (int p = 0; p < kSplits[number_].byte_planes; ++p)
       run.any[p] = run.any[p] || any_byte(parts_.bytes[p], lossless_padded(count_));
-    planes_.sums.data = planes_.crc().of(codes_, groups * kCodeBytes, planes_.sums.data);
+    planes_.write(codes_, groups * kCodeBytes, all_codes_ + block_ * int64_t(sizeof codes_), planes_.sums.data);
     planes_.write(block_);
   }
 
@@ -83,9 +83,9 @@ private:
   const int number_, bytes_;
   const int64_t block_, count_;
   const uint8_t *const x_;
-  uint8_t *const codes_;
+  uint8_t *const all_codes_;
   BlockPlanes &planes_;
-  alignas(64) uint8_t fields_[kLosslessBlock];
+  alignas(64) uint8_t fields_[kLosslessBlock], codes_[kGroups * kCodeBytes];
   const SplitParts parts_;
 
   // Pairs wholly beyond the end have code 0.
