@@ -242,7 +242,7 @@ def check_plan(blob: torch.Tensor, plan: Sequence[int], dtype: torch.dtype) -> N
 
 def pair_table(counts: np.ndarray) -> np.ndarray:
     """P7's TABLE (uint8 [256]) from the counts of pairs (int64 [65536], index first | second << 8)."""
-    seen = np.flatnonzero(counts)
+    seen = np.flatnonzero(counts != 0)  # of booleans: several times as fast
     best = seen[np.argsort(-counts[seen], kind="stable")][:ESCAPE_CODE]
     table = np.zeros(SLOTS, np.uint8)
     table[: best.size] = best & 255
