@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "cpu/dfloat11_decode.h"
+#include "cpu/lossless_blocks.h"
 #include "cpu/r8_decode.h"
 #include "cpu/r8_encode.h"
 #include "cpu/r8_frequencies.h"
@@ -17,16 +19,22 @@ namespace {
 
 template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
-// All blocks; out: room for whole blocks, aligned to 64 bytes. For tests: lossless_decode is what decodes a tensor.
+// All `numel` bytes. For tests: lossless_decode is what decodes a tensor.
 void decode_plane(uintptr_t frequencies, uintptr_t offsets, uintptr_t data, int64_t data_bytes, int64_t numel,
                   uintptr_t out, int isa) {
   const RansPlane plane = {pointer<uint8_t>(frequencies), pointer<uint64_t>(offsets), pointer<uint8_t>(data),
                            data_bytes};
   py::gil_scoped_release release;
+  const RansTable table(plane.frequencies);
+  const ThreadRoom room(1, kRansBlocks * kLosslessBlock);
   const int64_t blocks = lossless_blocks(numel);
-  for (int64_t b = 0; b < blocks; b += kRansBlocks)
-    r8_decode_blocks(plane, numel, b, std::min(kRansBlocks, blocks - b), pointer<uint8_t>(out) + b * kLosslessBlock,
-                     isa);
+  for (int64_t b = 0; b < blocks; b += kRansBlocks) {
+    RansBlocks some(plane, b, std::min(kRansBlocks, blocks - b));
+    some.decode(table, kLosslessBlock / kRansLanes, room.of(0), kLosslessBlock, isa);
+    const int64_t first = b * kLosslessBlock;
+    std::memcpy(pointer<uint8_t>(out) + first, room.of(0),
+                size_t(std::min(numel - first, kRansBlocks * kLosslessBlock)));
+  }
 }
 
 } // namespace
