@@ -7,7 +7,6 @@
 #include "cpu/lossless_linear.h"
 #include "cpu/p7_encode.h"
 #include "cpu/r8_encode.h"
-#include "cpu/r8_frequencies.h"
 
 namespace py = pybind11;
 using namespace fastloss;
@@ -112,12 +111,6 @@ void bind_lossless_encode(py::module_ &m) {
       },
       py::kw_only(), py::arg("x"), py::arg("number"), py::arg("blocks"), py::arg("apart"), py::arg("counts"),
       py::arg("isa"));
-  m.def(
-      "r8_frequencies",
-      [](uintptr_t counts, uintptr_t log2, uintptr_t frequencies) {
-        r8_frequencies(pointer<int64_t>(counts), pointer<int64_t>(log2), pointer<uint8_t>(frequencies));
-      },
-      py::kw_only(), py::arg("counts"), py::arg("log2"), py::arg("frequencies"));
   m.def(
       "lossless_linear_cpu",
       [](uintptr_t blob, const std::vector<int64_t> &plan, uintptr_t x, int64_t n, uintptr_t bias, uintptr_t out,

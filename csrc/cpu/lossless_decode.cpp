@@ -119,7 +119,7 @@ void decode_all(LosslessBlocks &blocks, Range range, uint8_t *out, bool checked,
   const int64_t item = blocks.item, bytes = range.count * item;
   const Destination to_out{blocks, range, out, bytes > (at_once ? kPastCacheAtOnce : kPastCache)};
   const bool staged = to_out.tiles || to_out.stream || !out;
-  const bool direct = to_out.stream && !checked && reinterpret_cast<uintptr_t>(to_out.of(0, 0)) % 64 == 0;
+  const bool direct = to_out.stream && reinterpret_cast<uintptr_t>(to_out.of(0, 0)) % 64 == 0; // lines are whole
   const int threads = threads_for(blocks, range.count);
   const int64_t size = piece_size(c, to_out.tiles || checked);
   const int64_t stride = RansBf16::kPiece * item + 64; // of blocks at once: not all in the same set of the cache
@@ -129,18 +129,15 @@ void decode_all(LosslessBlocks &blocks, Range range, uint8_t *out, bool checked,
   const ThreadRoom rooms(threads, std::max(staged ? size * item : 0, at_once ? kRansBlocks * stride : 0));
 
   const auto eight_at_once = [&](int64_t first, int thread) {
-    uint8_t *room = rooms.of(thread);
+    const BlockLines room = {rooms.of(thread), stride}, none;
     RansBf16 eight(c, blocks.tables[0], first);
     for (int64_t from = 0, to; from < kLosslessBlock; from = to) {
       to = from + RansBf16::kPiece;
-      if (direct) {
-        eight.next(to_out.of(first, from), kLosslessBlock * item, true);
-        continue;
-      }
-      eight.next(room, stride, false);
+      const BlockLines lines = direct ? BlockLines{to_out.of(first, from), kLosslessBlock * item} : none;
+      eight.next(checked || !direct ? room : none, lines);
       for (int64_t at = 0; at < kRansBlocks; ++at) {
-        check(first + at, at, from, to, room + at * stride, thread);
-        to_out.take(first + at, from, to, room + at * stride);
+        check(first + at, at, from, to, room.of(at), thread);
+        if (!direct) to_out.take(first + at, from, to, room.of(at));
       }
     }
   };

@@ -19,20 +19,21 @@ RansBf16::RansBf16(const Compressed &c, const RansTable &table, int64_t first_bl
   avx512::decode_fields(table_, blocks_, fields_[0]);
 }
 
-void RansBf16::next(uint8_t *out, int64_t stride, bool stream) {
+void RansBf16::next(BlockLines cached, BlockLines streamed) {
   const int64_t piece = done_ / kPiece;
-  const avx512::Merge merge = {fields_[piece % 2], plane_ + done_, out, stride};
+  const avx512::Merge merge = {fields_[piece % 2], plane_ + done_, cached, streamed};
   done_ += kPiece;
   uint8_t *next = done_ < kLosslessBlock ? fields_[(piece + 1) % 2] : nullptr;
-  if (stream) avx512::decode_and_merge<true>(table_, blocks_, next, merge);
-  else avx512::decode_and_merge<false>(table_, blocks_, next, merge);
+  if (!streamed.out) avx512::decode_and_merge<true, false>(table_, blocks_, next, merge);
+  else if (!cached.out) avx512::decode_and_merge<false, true>(table_, blocks_, next, merge);
+  else avx512::decode_and_merge<true, true>(table_, blocks_, next, merge);
 }
 
 #else
 
 bool RansBf16::takes(const Compressed &, int) { return false; }
 RansBf16::RansBf16(const Compressed &, const RansTable &table, int64_t) : table_(table), plane_(nullptr) {}
-void RansBf16::next(uint8_t *, int64_t, bool) {}
+void RansBf16::next(BlockLines, BlockLines) {}
 
 #endif
 

@@ -4,6 +4,13 @@
 
 namespace fastloss {
 
+// Where lines of 64 bytes of blocks go: multiples of 64 bytes. Nowhere if there is no `out`.
+struct BlockLines {
+  uint8_t *out = nullptr;
+  int64_t stride = 0; // from block to block
+  uint8_t *of(int64_t block) const { return out + block * stride; }
+};
+
 // kRansBlocks whole blocks, a piece of each at a time.
 class RansBf16 {
 public:
@@ -14,9 +21,8 @@ public:
 
   RansBf16(const Compressed &c, const RansTable &table, int64_t first_block);
 
-  // The next kPiece numbers of block b to out + b stride; out and stride are multiples of 64 bytes. `stream`: past the
-  // cache.
-  void next(uint8_t *out, int64_t stride, bool stream);
+  // The next kPiece numbers of each block to `cached`, past the cache to `streamed`, or to both.
+  void next(BlockLines cached, BlockLines streamed);
 
 private:
   const RansTable &table_;

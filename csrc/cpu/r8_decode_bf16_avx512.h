@@ -12,34 +12,30 @@ namespace {
 // Fields as the steps left them, two blocks taking turns, and where they go.
 struct Merge {
   const uint8_t *fields, *plane; // the plane of the first block
-  uint8_t *out;
-  int64_t stride; // of blocks in out
+  BlockLines cached, streamed;
 };
 
-template <bool kStream> FASTLOSS_VBMI_INLINE void put(uint8_t *out, __m512i line) {
-  if (kStream) _mm512_stream_si512((__m512i *)out, line);
-  else _mm512_store_si512((__m512i *)out, line);
-}
-
 // What step `step` gave to blocks 2 pair and 2 pair + 1.
-template <bool kStream>
+template <bool kCached, bool kStreamed>
 FASTLOSS_VBMI_INLINE void merge_step(const StepConstants &k, const Merge &m, int64_t step, int64_t pair) {
   const __m512i beside = _mm512_set1_epi16(int16_t(0x807f)); // the bits of sign and mantissa
-  const auto twice = [&](const uint8_t *bytes) FASTLOSS_VBMI_LAMBDA {
-    const __m256i loaded = _mm256_loadu_si256((const __m256i *)bytes);
-    return _mm512_permutexvar_epi8(k.twice, _mm512_castsi256_si512(loaded));
+  const auto line = [&](const uint8_t *bytes, __m512i fields) FASTLOSS_VBMI_LAMBDA {
+    const __m512i loaded = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)bytes));
+    return _mm512_ternarylogic_epi64(beside, _mm512_permutexvar_epi8(k.twice, loaded), fields, 0xca);
+  };
+  const auto put = [&](int64_t block, __m512i numbers) FASTLOSS_VBMI_LAMBDA {
+    if (kCached) _mm512_store_si512((__m512i *)(m.cached.of(block) + step * 64), numbers);
+    if (kStreamed) _mm512_stream_si512((__m512i *)(m.streamed.of(block) + step * 64), numbers);
   };
   const __m512i fields = _mm512_load_si512(m.fields + (step * kRansBlocks / 2 + pair) * 64);
   const uint8_t *plane = m.plane + 2 * pair * kLosslessBlock + step * kRansLanes;
-  uint8_t *out = m.out + 2 * pair * m.stride + step * 64;
-  put<kStream>(out, _mm512_ternarylogic_epi64(beside, twice(plane), _mm512_slli_epi16(fields, 7), 0xca));
-  put<kStream>(out + m.stride,
-               _mm512_ternarylogic_epi64(beside, twice(plane + kLosslessBlock), _mm512_srli_epi16(fields, 1), 0xca));
+  put(2 * pair, line(plane, _mm512_slli_epi16(fields, 7)));
+  put(2 * pair + 1, line(plane + kLosslessBlock, _mm512_srli_epi16(fields, 1)));
 }
 
 constexpr int64_t kPieceSteps = RansBf16::kPiece / kRansLanes;
 
-template <class Table, bool kMerge, bool kStream>
+template <class Table, bool kCached, bool kStreamed>
 FASTLOSS_VBMI void decode_piece(const RansTable &slots, RansBlocks &blocks, uint8_t *fields, const Merge &merge) {
   constexpr int kPairs = int(kRansBlocks) / 2;
   const Table table = Table::of(slots);
@@ -55,7 +51,7 @@ FASTLOSS_VBMI void decode_piece(const RansTable &slots, RansBlocks &blocks, uint
     for (int p = 0; p < kPairs; ++p) {
       const int64_t e = s * kPairs + p;
       _mm512_store_si512(fields + e * 64, step(table, constants, x + 2 * p, cursor + 2 * p, end + 2 * p, &escapes[e]));
-      if (kMerge) merge_step<kStream>(constants, merge, s, p);
+      if (kCached || kStreamed) merge_step<kCached, kStreamed>(constants, merge, s, p);
     }
   }
   for (int b = 0; b < 2 * kPairs; ++b) _mm512_store_si512(blocks.states[b], x[b]), streams[b].cursor = cursor[b];
@@ -67,10 +63,11 @@ FASTLOSS_VBMI void decode_piece(const RansTable &slots, RansBlocks &blocks, uint
     }
 }
 
-template <bool kMerge, bool kStream>
+template <bool kCached, bool kStreamed>
 void decode_piece_of(const RansTable &table, RansBlocks &blocks, uint8_t *fields, const Merge &merge) {
-  if (table.symbols <= RansTable::kFewSymbols) decode_piece<FewSymbols, kMerge, kStream>(table, blocks, fields, merge);
-  else decode_piece<ManySymbols, kMerge, kStream>(table, blocks, fields, merge);
+  if (table.symbols <= RansTable::kFewSymbols)
+    decode_piece<FewSymbols, kCached, kStreamed>(table, blocks, fields, merge);
+  else decode_piece<ManySymbols, kCached, kStreamed>(table, blocks, fields, merge);
 }
 
 void decode_fields(const RansTable &table, RansBlocks &blocks, uint8_t *fields) {
@@ -78,12 +75,12 @@ void decode_fields(const RansTable &table, RansBlocks &blocks, uint8_t *fields) 
 }
 
 // Without `fields` there is no piece behind the one that is merged.
-template <bool kStream>
+template <bool kCached, bool kStreamed>
 FASTLOSS_VBMI void decode_and_merge(const RansTable &table, RansBlocks &blocks, uint8_t *fields, const Merge &merge) {
-  if (fields) return decode_piece_of<true, kStream>(table, blocks, fields, merge);
+  if (fields) return decode_piece_of<kCached, kStreamed>(table, blocks, fields, merge);
   const StepConstants constants(0);
   for (int64_t s = 0; s < kPieceSteps; ++s)
-    for (int64_t p = 0; p < kRansBlocks / 2; ++p) merge_step<kStream>(constants, merge, s, p);
+    for (int64_t p = 0; p < kRansBlocks / 2; ++p) merge_step<kCached, kStreamed>(constants, merge, s, p);
 }
 
 } // namespace

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastloss import backend_cpp, lossless, registry
 from fastloss.compiled import _C, MISSING
-from fastloss.lossless import contract, cpp_encode, cpp_r8
+from fastloss.lossless import cpp_encode, cpp_r8
 from fastloss.lossless.contract import BLOCK, NUMBERS
 from fastloss.lossless.reference_r8 import byte_split
 from lossless_cases import CODED, constant, every_pattern, mostly_normal, normal, uniform_bits
@@ -73,20 +72,6 @@ def test_counts_of_a_sample(dtype: torch.dtype) -> None:
     want = torch.stack([torch.bincount(plane, minlength=256) for plane in byte_split(picked)[0][1:]])
     for backend_cpp.ISA in LEVELS:
         assert torch.equal(cpp_encode.sample_plane_counts(x, 2, 3), want)
-
-
-def test_frequencies_compiled() -> None:
-    generator = np.random.default_rng(0)
-    cases = [np.zeros(256, np.int64), np.ones(256, np.int64), np.arange(256), np.full(256, 1 << 29)]
-    for kinds in (1, 2, 3, 12, 40, 255):
-        for spread in (1, 8, 30):
-            counts = np.zeros(256, np.int64)
-            counts[generator.permutation(256)[:kinds]] = 2.0 ** generator.uniform(0, spread, kinds)
-            cases.append(counts)
-    for counts in cases:
-        assert np.array_equal(contract.frequencies(counts), contract._frequencies(counts)), counts
-        if counts.max() < 1 << 23:  # times 2^40 costs go beyond 64 bits: Python's integers
-            assert np.array_equal(contract.frequencies(counts << 40), contract.frequencies(counts)), counts
 
 
 @pytest.mark.parametrize("dtype", CODED, ids=str)

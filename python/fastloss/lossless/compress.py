@@ -24,12 +24,12 @@ from .contract import (
     blocks_of,
     cost_bits,
     entropy_bits,
-    frequencies,
     has_tiles,
     padded,
     pair_table,
 )
 from .cpp_encode import field_counts, p7_encode_within, p7_sizes, r8_encode_within, r8_sizes, sample_plane_counts
+from .cpp_r8 import frequencies
 from .tiles import to_tiles
 
 CODECS = {"raw": Codec.RAW, "p7": Codec.P7, "r8": Codec.R8}
@@ -153,7 +153,7 @@ def _integers(flat: Tensor) -> Tensor:
 
 def _crc(flat: Tensor) -> Tensor:
     crc = checksum.of_blocks(flat.view(torch.uint8), BLOCK * flat.element_size())
-    return torch.where(crc >= 1 << 31, crc - (1 << 32), crc).to(torch.int32).view(torch.uint8)
+    return crc.view(torch.uint8).view(-1, 8)[:, :4].reshape(-1)  # the low halves
 
 
 def _raw(flat: Tensor, shape: Sequence[int]) -> CompressedTensor:
@@ -196,14 +196,14 @@ def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
         if p and _is_noise(plane, flat.numel()):
             parts[Section.BYTES0 + p - 1] = plane
             continue
-        counts = registry.run("byte_histogram", plane, flat.numel()).cpu().numpy()
+        counts = registry.run("byte_histogram", plane, flat.numel()).cpu()
         if p and counts[0] == flat.numel():
             continue
-        freq = frequencies(counts)
-        if p and cost_bits(counts, freq) > WORTH_CODING * flat.numel():
+        table = frequencies(counts)
+        if p and cost_bits(counts.numpy(), table.numpy()) > WORTH_CODING * flat.numel():
             parts[Section.BYTES0 + p - 1] = plane
             continue
-        table = torch.from_numpy(freq).to(flat.device)
+        table = table.to(flat.device)
         offsets, data = registry.run("r8_encode", plane, table, flat.numel())
         first = Section.FIELD_FREQUENCIES + 3 * p
         parts |= {first: table, first + 1: offsets.view(torch.uint8), first + 2: data}
@@ -212,11 +212,13 @@ def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
 
 def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room]:
     """On a CPU, where the field alone is coded: the numbers are read twice, for counts and to be written to the blob."""
-    counts = field_counts(flat).numpy()
-    freq = frequencies(counts)
-    table = torch.from_numpy(freq)
+    counts = field_counts(flat)
+    table = frequencies(counts)
     block_crc = torch.empty(blocks_of(flat.numel()), dtype=torch.int32, device="cpu")
-    for most in (_likely_bytes(counts, freq), 2 * padded(flat.numel()) + _BLOCK_SPARE * blocks_of(flat.numel())):
+    for most in (
+        _likely_bytes(counts.numpy(), table.numpy()),
+        2 * padded(flat.numel()) + _BLOCK_SPARE * blocks_of(flat.numel()),
+    ):
         within = header.room(dimensions, r8_sizes(flat, most), flat.device)
         if made := r8_encode_within(flat, table, within.parts, block_crc):
             break
