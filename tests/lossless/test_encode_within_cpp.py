@@ -173,9 +173,10 @@ def every_way() -> Iterator[tuple[Tensor, Tensor]]:
         frequencies = torch.zeros(256, dtype=torch.uint8)
         frequencies[first : first + kept] = 250 // kept
         yield plane, frequencies
-        frequencies = frequencies.clone()
-        frequencies[(first + kept + 100) % 256] = 1  # far from all others
-        yield plane, frequencies
+        for apart in (62, 63, 64, kept + 100):  # one more, at the end of what one look-up finds, or far from all others
+            more = frequencies.clone()
+            more[(first + apart) % 256] = 1
+            yield plane, more
     for slots in (1, 2, 127, 128, 129, 171, 220, 243, 246, 253):
         yield sharp(numel, slots)
 
