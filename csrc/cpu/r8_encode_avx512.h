@@ -46,12 +46,12 @@ public:
     bool up = true;
     for (int s = 0; s <= kEscape; ++s) up = up && Division::up_is_exact(uint32_t(known.frequency[s]));
     nudge_ = up ? 0 : 1;
-    int kept = kEscape;
+    int lowest = kEscape;
     for (int s = 0; s <= kEscape; ++s) {
       const int f = known.frequency[s];
       if (s < kEscape) number_[s] = uint8_t(count_);
       if (!f) continue;
-      if (s < kEscape) kept = std::min(kept, s), span_ = s - kept;
+      if (s < kEscape) lowest = std::min(lowest, s), span_ = s - lowest;
       const Division division(uint32_t(f), up);
       factor_[count_] = division.factor, shift_[count_] = division.shift;
       full_[count_] = uint16_t(f << 8), times_[count_] = uint16_t(256 - f);
@@ -60,7 +60,7 @@ public:
     }
     for (int s = 0; s < kEscape; ++s)
       if (!known.frequency[s]) number_[s] = uint8_t(count_ - 1);
-    first_ = uint8_t(std::min(kept, kEscape - 1));
+    first_ = uint8_t(std::min(lowest, kEscape - 1));
     for (int i = 0; i < kNear; ++i) near_[i] = first_ + i < kEscape && i <= span_ ? number_[first_ + i] : count_ - 1;
   }
 
