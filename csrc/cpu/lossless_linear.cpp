@@ -5,8 +5,8 @@
 #include "lossless_linear.h"
 #include "linear_cross_entropy.h"
 #include "lossless_blocks.h"
-#include "lossless_linear_bf16.h"
-#include "simd.h"
+#include "lossless_linear_dots.h"
+#include "lossless_linear_tiles.h"
 
 #include <vector>
 
@@ -32,7 +32,7 @@ LinearEngine engine_for(int64_t n, int isa) {
   const bool bytes = byte_isa(isa) == kAvx512Bytes;
   if (level == kAvx512Bf16 && bytes) {
     const bool tiles = isa == kBestIsa && n > kFewRows && linear::has_amx_bf16();
-    return tiles ? avx512vbmi::tile_engine(n) : avx512vbmi::dot_engine();
+    return tiles ? avx512vbmi::tile_engine() : avx512vbmi::dot_engine();
   }
   if (level >= kAvx512)
     return bytes ? avx512::fp32_engine<avx512vbmi::p7_fields>() : avx512::fp32_engine<avx2::p7_fields>();
@@ -42,11 +42,9 @@ LinearEngine engine_for(int64_t n, int isa) {
   return scalar::fp32_engine<scalar::p7_fields>();
 }
 
-float wide(uint16_t x) { return to_float(BFloat16{x}); }
-
-// Adds the escapes of rows first..first+count of W to their sums.
-void add_escapes(const LosslessLinear &args, int64_t first, int64_t count, float *sums) {
-  const Compressed &w = args.weight;
+// Adds the escapes of `count` rows of W from `first` on to their sums.
+void add_escapes(const Compressed &w, const LinearEngine &engine, const LaidRows &x, int64_t first, int64_t count,
+                 float *sums) {
   if (!w.escapes) return;
   const int64_t begin = first * w.columns, end = begin + count * w.columns;
   const uint16_t *values = static_cast<const uint16_t *>(w.escape_values);
@@ -56,58 +54,56 @@ void add_escapes(const LosslessLinear &args, int64_t first, int64_t count, float
     for (uint64_t e = from; e < std::min(w.escape_offsets[b + 1], most); ++e) {
       const int64_t place = 2 * int64_t(w.escape_positions[e]), at = b * kLosslessBlock + place - begin;
       if (place >= kLosslessBlock || at < 0 || at >= end - begin) continue;
-      const int64_t row = at / w.columns, column = at % w.columns; // and its neighbour: columns are even
-      const float low = wide(values[2 * e]), high = wide(values[2 * e + 1]);
-      for (int64_t i = 0; i < args.n; ++i) {
-        const uint16_t *x = args.x + i * w.columns + column;
-        sums[i * kRowsAtOnce + row] += low * wide(x[0]) + high * wide(x[1]);
-      }
+      const int64_t row = at / w.columns; // and that of its neighbour: columns are even
+      engine.add_pair(x, {at % w.columns, wide(values[2 * e]), wide(values[2 * e + 1])}, sums + row * x.stride);
     }
   }
 }
 
-void write(const LosslessLinear &args, int64_t first, int64_t count, const float *sums) {
-  for (int64_t i = 0; i < args.n; ++i)
-    for (int64_t r = 0; r < count; ++r) {
-      const float bias = args.bias ? wide(args.bias[first + r]) : 0.f;
-      BFloat16 rounded;
-      from_float(rounded, sums[i * kRowsAtOnce + r] + bias);
-      args.out[i * args.weight.rows + first + r] = rounded.bits;
-    }
+bool finite(const uint16_t *x, int64_t count) {
+  int16_t largest = 0; // of the numbers without their signs, whose order is that of these bits
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, int16_t(x[i] & 0x7fff));
+  return largest < 0x7f80;
 }
+
+int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 } // namespace
 
 bool lossless_linear_cpu(const LosslessLinear &args, int isa) {
   const Compressed &w = args.weight;
-  for (int64_t i = 0; i < args.n * w.columns; ++i)
-    if ((args.x[i] & 0x7f80) == 0x7f80) return false;
+  if (!finite(args.x, args.n * w.columns)) return false;
   const LinearEngine engine = engine_for(args.n, isa);
-  const int64_t laid_rows = (args.n + engine.step - 1) / engine.step * engine.step;
-  std::vector<uint8_t> laid(size_t(laid_rows * w.columns * engine.item));
-  engine.lay(args.x, args.n, w.columns, laid.data());
+  const int64_t stride = (args.n + engine.block - 1) / engine.block * engine.block;
+  const ThreadRoom laid(1, stride * w.columns * engine.item);
+  const LaidRows x = {args.x, args.n, w.columns, laid.of(0), stride};
   const std::vector<uint8_t> zeros(w.bytes[0] ? 0 : size_t(w.columns)); // a byte plane that is all 0 is not stored
-  const int64_t tasks = (w.rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t tasks = (w.rows + kRowsAtOnce - 1) / kRowsAtOnce, groups = w.columns / kLosslessGroup;
   const int threads = w.numel * args.n <= kFewNumbers ? 1 : int(std::min<int64_t>(omp_get_max_threads(), tasks));
-  const int64_t room_bytes = engine.room(w.columns), sums_bytes = laid_rows * kRowsAtOnce * int64_t(sizeof(float));
-  const ThreadRoom room(threads, (room_bytes + 63) / 64 * 64 + sums_bytes);
+  const int64_t room_bytes = whole_lines(engine.room(w.columns));
+  const ThreadRoom room(threads, room_bytes + stride * kRowsAtOnce * int64_t(sizeof(float)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     uint8_t *own = room.of(omp_get_thread_num());
-    float *sums = reinterpret_cast<float *>(own + (room_bytes + 63) / 64 * 64);
+    float *sums = reinterpret_cast<float *>(own + room_bytes);
     engine.begin();
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < threads; ++part) { // of the columns of x
+      const int64_t first = groups * part / threads, end = groups * (part + 1) / threads;
+      engine.lay(x, first * kLosslessGroup, (end - first) * kLosslessGroup);
+    }
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t first = task * kRowsAtOnce, count = std::min<int64_t>(kRowsAtOnce, w.rows - first);
       const CodedRows rows = {w.table,
-                              w.codes + first * w.columns / kLosslessGroup * kP7GroupBytes,
+                              w.codes + first * groups * kP7GroupBytes,
                               w.bytes[0] ? w.bytes[0] + first * w.columns : zeros.data(),
                               w.columns,
                               w.bytes[0] ? w.columns : 0,
                               int(count)};
-      engine.multiply(rows, laid.data(), args.n, own, sums);
-      add_escapes(args, first, count, sums);
-      write(args, first, count, sums);
+      engine.multiply(rows, x, own, sums);
+      add_escapes(w, engine, x, first, count, sums);
+      engine.write(x, sums, int(count), args.bias ? args.bias + first : nullptr, args.out + first, w.rows);
     }
     engine.end();
   }
