@@ -24,7 +24,7 @@ void nothing() {}
 
 namespace {
 
-constexpr int64_t kFewRows = 4; // of x, that dot products serve as fast as memory brings W
+constexpr int64_t kFewRows = 1; // of x, that dot products serve as fast as memory brings W
 
 LinearEngine engine_for(int64_t n, int isa) {
 #ifdef __x86_64__
@@ -42,22 +42,50 @@ LinearEngine engine_for(int64_t n, int isa) {
   return scalar::fp32_engine<scalar::p7_fields>();
 }
 
-// Adds the escapes of `count` rows of W from `first` on to their sums.
-void add_escapes(const Compressed &w, const LinearEngine &engine, const LaidRows &x, int64_t first, int64_t count,
-                 float *sums) {
+// The escapes of one block in the list.
+struct EscapeRange {
+  int64_t begin, end;
+};
+EscapeRange escapes_of_block(const Compressed &w, int64_t block) {
+  const uint64_t all = uint64_t(w.escapes), begin = std::min(w.escape_offsets[block], all);
+  const uint64_t most = std::min(begin + kLosslessBlock / 2, all); // a block has no more pairs
+  return {int64_t(begin), int64_t(std::min(w.escape_offsets[block + 1], most))};
+}
+
+// Numbers begin..end of W.
+struct NumberRange {
+  int64_t begin, end;
+};
+
+// Asks memory for the escapes of `numbers`, long before they are added. Always inlined: GCC drops calls of a function
+// that does nothing but prefetch.
+__attribute__((always_inline)) inline void ask_for_escapes(const Compressed &w, NumberRange numbers) {
   if (!w.escapes) return;
-  const int64_t begin = first * w.columns, end = begin + count * w.columns;
+  const int64_t first = numbers.begin / kLosslessBlock, last = (numbers.end - 1) / kLosslessBlock;
+  __builtin_prefetch(w.escape_offsets + last + 1 + (last - first) + 1); // of the next rows
+  const int64_t begin = escapes_of_block(w, first).begin, end = escapes_of_block(w, last).end;
+  for (int64_t e = begin; e < end; e += 32) __builtin_prefetch(w.escape_positions + e);
+  for (int64_t e = begin; e < end; e += 16) __builtin_prefetch(static_cast<const uint32_t *>(w.escape_values) + e);
+}
+
+// Adds the escapes of `numbers`, whole rows of W, to the sums of these rows.
+void add_escapes(const Compressed &w, const LinearEngine &engine, const LaidRows &x, NumberRange numbers, float *sums) {
+  if (!w.escapes) return;
+  constexpr int kMost = 64;
+  EscapedPair pairs[kMost];
+  int count = 0;
   const uint16_t *values = static_cast<const uint16_t *>(w.escape_values);
-  for (int64_t b = begin / kLosslessBlock; b * kLosslessBlock < end; ++b) {
-    const uint64_t from = std::min(w.escape_offsets[b], uint64_t(w.escapes));
-    const uint64_t most = std::min(from + kLosslessBlock / 2, uint64_t(w.escapes)); // a block has no more pairs
-    for (uint64_t e = from; e < std::min(w.escape_offsets[b + 1], most); ++e) {
-      const int64_t place = 2 * int64_t(w.escape_positions[e]), at = b * kLosslessBlock + place - begin;
-      if (place >= kLosslessBlock || at < 0 || at >= end - begin) continue;
+  for (int64_t b = numbers.begin / kLosslessBlock; b * kLosslessBlock < numbers.end; ++b) {
+    const EscapeRange escapes = escapes_of_block(w, b);
+    for (int64_t e = escapes.begin; e < escapes.end; ++e) {
+      const int64_t place = 2 * int64_t(w.escape_positions[e]), at = b * kLosslessBlock + place - numbers.begin;
+      if (place >= kLosslessBlock || at < 0 || at >= numbers.end - numbers.begin) continue;
       const int64_t row = at / w.columns; // and that of its neighbour: columns are even
-      engine.add_pair(x, {at % w.columns, wide(values[2 * e]), wide(values[2 * e + 1])}, sums + row * x.stride);
+      pairs[count++] = {row * x.stride, at % w.columns, wide(values[2 * e]), wide(values[2 * e + 1])};
+      if (count == kMost) engine.add_pairs(x, pairs, count, sums), count = 0;
     }
   }
+  engine.add_pairs(x, pairs, count, sums);
 }
 
 bool finite(const uint16_t *x, int64_t count) {
@@ -101,8 +129,10 @@ bool lossless_linear_cpu(const LosslessLinear &args, int isa) {
                               w.columns,
                               w.bytes[0] ? w.columns : 0,
                               int(count)};
+      const NumberRange numbers = {first * w.columns, (first + count) * w.columns};
+      ask_for_escapes(w, numbers);
       engine.multiply(rows, x, own, sums);
-      add_escapes(w, engine, x, first, count, sums);
+      add_escapes(w, engine, x, numbers, sums);
       engine.write(x, sums, int(count), args.bias ? args.bias + first : nullptr, args.out + first, w.rows);
     }
     engine.end();

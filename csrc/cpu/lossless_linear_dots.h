@@ -75,7 +75,7 @@ inline LinearEngine dot_engine() {
           [] {},
           lay_dots,
           multiply_dots,
-          add_pair,
+          add_pairs,
           write_sums};
 }
 

@@ -31,7 +31,7 @@ struct LaidRows {
 
 // Two neighbours in a row of W that have no code: numbers `column` and `column` + 1.
 struct EscapedPair {
-  int64_t column;
+  int64_t sums, column; // sums: where those of its row of W begin
   float low, high;
 };
 
@@ -43,19 +43,20 @@ struct LinearEngine {
   void (*begin)(), (*end)();        // of a thread
   void (*lay)(const LaidRows &x, int64_t first, int64_t count); // columns: whole groups
   void (*multiply)(const CodedRows &w, const LaidRows &x, uint8_t *room, float *sums);
-  void (*add_pair)(const LaidRows &x, EscapedPair pair, float *sums);
+  void (*add_pairs)(const LaidRows &x, const EscapedPair *pairs, int count, float *sums);
   // out[i * rows + r] for r < count, rounded once; bias may be null.
   void (*write)(const LaidRows &x, const float *sums, int count, const uint16_t *bias, uint16_t *out, int64_t rows);
 };
 
 inline float wide(uint16_t x) { return to_float(BFloat16{x}); }
 
-// LinearEngine::add_pair and LinearEngine::write in plain code.
-inline void add_pair(const LaidRows &x, EscapedPair pair, float *sums) {
-  for (int64_t i = 0; i < x.n; ++i) {
-    const uint16_t *at = x.x + i * x.columns + pair.column;
-    sums[i] += pair.low * wide(at[0]) + pair.high * wide(at[1]);
-  }
+// LinearEngine::add_pairs and LinearEngine::write in plain code.
+inline void add_pairs(const LaidRows &x, const EscapedPair *pairs, int count, float *sums) {
+  for (const EscapedPair *pair = pairs; pair < pairs + count; ++pair)
+    for (int64_t i = 0; i < x.n; ++i) {
+      const uint16_t *at = x.x + i * x.columns + pair->column;
+      sums[pair->sums + i] += pair->low * wide(at[0]) + pair->high * wide(at[1]);
+    }
 }
 
 inline void write(const LaidRows &x, const float *sums, int count, const uint16_t *bias, uint16_t *out, int64_t rows) {

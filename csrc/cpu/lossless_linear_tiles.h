@@ -22,15 +22,17 @@ constexpr int kMostBlocks = 4;                            // of 16 rows of x, wh
 FASTLOSS_BF16 static void lay_tiles(const LaidRows &x, int64_t first, int64_t count) {
   const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i places = _mm512_mullo_epi32(rows, _mm512_set1_epi32(kTile)); // of a row's pairs, in pairs
-  for (int64_t block = 0; block < x.stride; block += kTile)
-    for (int64_t g = first; g < first + count; g += kLosslessGroup)
-      for (int64_t i = 0; i < kTile; ++i) {
-        Bytes group[kQuarters] = {};
-        if (block + i < x.n) load_group(x.x + (block + i) * x.columns + g, group);
-        uint16_t *tile = static_cast<uint16_t *>(x.laid) + block * x.columns + g * kTile + 2 * i;
-        for (int q = 0; q < kQuarters; ++q, tile += kTileNumbers)
-          _mm512_i32scatter_epi32(tile, places, group[q], sizeof(uint32_t));
+  for (int64_t block = 0; block < x.stride; block += kTile) {
+    uint16_t *laid = static_cast<uint16_t *>(x.laid) + block * x.columns + first * kTile;
+    if (block + kTile > x.n) memset(laid, 0, size_t(count * kTile) * sizeof(uint16_t));
+    for (int64_t g = 0; g < count; g += kLosslessGroup)
+      for (int64_t i = 0; i < std::min(kTile, x.n - block); ++i) {
+        Bytes group[kQuarters];
+        load_group(x.x + (block + i) * x.columns + first + g, group);
+        for (int q = 0; q < kQuarters; ++q)
+          _mm512_i32scatter_epi32(laid + g * kTile + q * kTileNumbers + 2 * i, places, group[q], sizeof(uint32_t));
       }
+  }
 }
 
 // Decodes four rows of group `g` of 16, from row `first` on, and asks for a later group of them. Rows that there are
@@ -140,19 +142,23 @@ inline void multiply_tiles(const CodedRows &w, const LaidRows &x, uint8_t *room,
   }
 }
 
-// LinearEngine::add_pair: 16 rows of x lie side by side.
-FASTLOSS_BF16 static void add_pair_of_tiles(const LaidRows &x, EscapedPair pair, float *sums) {
-  const int64_t place = pair.column / kLosslessGroup * kLosslessGroup + place_in_group(pair.column % kLosslessGroup);
-  const uint16_t *even = static_cast<const uint16_t *>(x.laid) + place / 2 * 2 * kTile, *odd = even + kTileNumbers;
-  const __m512 low = _mm512_set1_ps(pair.low), high = _mm512_set1_ps(pair.high);
-  const __m128i up = _mm_cvtsi32_si128(place % 2 ? 0 : 16); // bf16 is the upper half of fp32
-  const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
-  for (int64_t i = 0; i < x.stride; i += kTile, even += kTile * x.columns, odd += kTile * x.columns) {
-    const __m512i first = _mm512_and_si512(_mm512_sll_epi32(_mm512_loadu_si512(even), up), upper);
-    const __m512i second = _mm512_and_si512(_mm512_sll_epi32(_mm512_loadu_si512(odd), up), upper);
-    const __m512 both =
-        _mm512_add_ps(_mm512_mul_ps(low, _mm512_castsi512_ps(first)), _mm512_mul_ps(high, _mm512_castsi512_ps(second)));
-    _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), both));
+// LinearEngine::add_pairs: 16 rows of x lie side by side.
+FASTLOSS_BF16 static void add_pairs_of_tiles(const LaidRows &x, const EscapedPair *pairs, int count, float *sums) {
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000)); // bf16 is the upper half of fp32
+  for (const EscapedPair *pair = pairs; pair < pairs + count; ++pair) {
+    const int within = int(pair->column % kLosslessGroup);
+    const int64_t place = pair->column - within + place_in_group(within);
+    const uint16_t *even = static_cast<const uint16_t *>(x.laid) + place / 2 * 2 * kTile, *odd = even + kTileNumbers;
+    const __m512 low = _mm512_set1_ps(pair->low), high = _mm512_set1_ps(pair->high);
+    const __m128i up = _mm_cvtsi32_si128(place % 2 ? 0 : 16);
+    float *to = sums + pair->sums;
+    for (int64_t i = 0; i < x.stride; i += kTile, even += kTile * x.columns, odd += kTile * x.columns) {
+      const __m512i first = _mm512_and_si512(_mm512_sll_epi32(_mm512_loadu_si512(even), up), upper);
+      const __m512i second = _mm512_and_si512(_mm512_sll_epi32(_mm512_loadu_si512(odd), up), upper);
+      const __m512 both = _mm512_add_ps(_mm512_mul_ps(low, _mm512_castsi512_ps(first)),
+                                        _mm512_mul_ps(high, _mm512_castsi512_ps(second)));
+      _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), both));
+    }
   }
 }
 
@@ -164,7 +170,7 @@ inline LinearEngine tile_engine() {
           linear::AmxTiles::end,
           lay_tiles,
           multiply_tiles,
-          add_pair_of_tiles,
+          add_pairs_of_tiles,
           write_sums};
 }
 
