@@ -88,6 +88,8 @@ void add_escapes(const Compressed &w, const LinearEngine &engine, const LaidRows
   engine.add_pairs(x, pairs, count, sums);
 }
 
+constexpr int kTasksAtOnce = 4; // neighbours, whose codes lie behind one another in memory
+
 bool finite(const uint16_t *x, int64_t count) {
   int16_t largest = 0; // of the numbers without their signs, whose order is that of these bits
   for (int64_t i = 0; i < count; ++i) largest = std::max(largest, int16_t(x[i] & 0x7fff));
@@ -120,7 +122,7 @@ bool lossless_linear_cpu(const LosslessLinear &args, int isa) {
       const int64_t first = groups * part / threads, end = groups * (part + 1) / threads;
       engine.lay(x, first * kLosslessGroup, (end - first) * kLosslessGroup);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, kTasksAtOnce) // neighbours of a core make it slower than another one
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t first = task * kRowsAtOnce, count = std::min<int64_t>(kRowsAtOnce, w.rows - first);
       const CodedRows rows = {w.table,
