@@ -1,5 +1,5 @@
 // docs/design.md, "The lossless contract": x Wᵀ of a matrix in P7. An escaped pair decodes to zeros, so that the
-// product of the codes needs no branch; the list of escapes is added to it. A thread takes 16 rows of W at a time and
+// product of the codes needs no branch; the list of escapes is added to it. A thread takes some rows of W at a time and
 // each is decoded once: a matrix costs the reading of its codes. Sums are fp32, in an order that no number of threads
 // changes.
 #include "lossless_linear.h"
@@ -63,7 +63,8 @@ __attribute__((always_inline)) inline void ask_for_escapes(const Compressed &w, 
   if (!w.escapes) return;
   const int64_t first = numbers.begin / kLosslessBlock, last = (numbers.end - 1) / kLosslessBlock;
   __builtin_prefetch(w.escape_offsets + last + 1 + (last - first) + 1); // of the next rows
-  const int64_t begin = escapes_of_block(w, first).begin, end = escapes_of_block(w, last).end;
+  const int64_t begin = escapes_of_block(w, first).begin;
+  const int64_t end = std::min(escapes_of_block(w, last).end, begin + (numbers.end - numbers.begin) / 2);
   for (int64_t e = begin; e < end; e += 32) __builtin_prefetch(w.escape_positions + e);
   for (int64_t e = begin; e < end; e += 16) __builtin_prefetch(static_cast<const uint32_t *>(w.escape_values) + e);
 }
@@ -88,8 +89,6 @@ void add_escapes(const Compressed &w, const LinearEngine &engine, const LaidRows
   engine.add_pairs(x, pairs, count, sums);
 }
 
-constexpr int kTasksAtOnce = 4; // neighbours, whose codes lie behind one another in memory
-
 bool finite(const uint16_t *x, int64_t count) {
   int16_t largest = 0; // of the numbers without their signs, whose order is that of these bits
   for (int64_t i = 0; i < count; ++i) largest = std::max(largest, int16_t(x[i] & 0x7fff));
@@ -108,10 +107,12 @@ bool lossless_linear_cpu(const LosslessLinear &args, int isa) {
   const ThreadRoom laid(1, stride * w.columns * engine.item);
   const LaidRows x = {args.x, args.n, w.columns, laid.of(0), stride};
   const std::vector<uint8_t> zeros(w.bytes[0] ? 0 : size_t(w.columns)); // a byte plane that is all 0 is not stored
-  const int64_t tasks = (w.rows + kRowsAtOnce - 1) / kRowsAtOnce, groups = w.columns / kLosslessGroup;
+  const bool many = w.rows >= 4 * kRowsAtOnce * int64_t(omp_get_max_threads()); // for every thread
+  const int64_t at_once = many ? kRowsAtOnce : kFewRowsAtOnce;
+  const int64_t tasks = (w.rows + at_once - 1) / at_once, groups = w.columns / kLosslessGroup;
   const int threads = w.numel * args.n <= kFewNumbers ? 1 : int(std::min<int64_t>(omp_get_max_threads(), tasks));
   const int64_t room_bytes = whole_lines(engine.room(w.columns));
-  const ThreadRoom room(threads, room_bytes + stride * kRowsAtOnce * int64_t(sizeof(float)));
+  const ThreadRoom room(threads, room_bytes + stride * at_once * int64_t(sizeof(float)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     uint8_t *own = room.of(omp_get_thread_num());
@@ -122,9 +123,9 @@ bool lossless_linear_cpu(const LosslessLinear &args, int isa) {
       const int64_t first = groups * part / threads, end = groups * (part + 1) / threads;
       engine.lay(x, first * kLosslessGroup, (end - first) * kLosslessGroup);
     }
-#pragma omp for schedule(dynamic, kTasksAtOnce) // neighbours of a core make it slower than another one
+#pragma omp for schedule(dynamic) // neighbours of a core make it slower than another one
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t first = task * kRowsAtOnce, count = std::min<int64_t>(kRowsAtOnce, w.rows - first);
+      const int64_t first = task * at_once, count = std::min(at_once, w.rows - first);
       const CodedRows rows = {w.table,
                               w.codes + first * groups * kP7GroupBytes,
                               w.bytes[0] ? w.bytes[0] + first * w.columns : zeros.data(),

@@ -87,14 +87,17 @@ FASTLOSS_BF16_INLINE __m256i rounded(__m512 sums) {
 // LinearEngine::write
 FASTLOSS_BF16 static void write_sums(const LaidRows &x, const float *sums, int count, const uint16_t *bias,
                                      uint16_t *out, int64_t rows) {
-  const __mmask16 there = __mmask16((1u << count) - 1);
-  const __m512i bits = bias ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, bias)) : _mm512_setzero_si512();
-  const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(x.stride)));
-  for (int64_t i = 0; i < x.n; ++i, out += rows) {
-    const __m512 sixteen = _mm512_i32gather_ps(places, sums + i, sizeof(float));
-    _mm256_mask_storeu_epi16(out, there, rounded(_mm512_add_ps(sixteen, wide)));
+  for (int r = 0; r < count; r += 16) {
+    const __mmask16 there = __mmask16((1u << std::min(16, count - r)) - 1);
+    const __m512i bits =
+        bias ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, bias + r)) : _mm512_setzero_si512();
+    const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    for (int64_t i = 0; i < x.n; ++i) {
+      const __m512 sixteen = _mm512_i32gather_ps(places, sums + r * x.stride + i, sizeof(float));
+      _mm256_mask_storeu_epi16(out + i * rows + r, there, rounded(_mm512_add_ps(sixteen, wide)));
+    }
   }
 }
 

@@ -6,7 +6,7 @@
 
 namespace fastloss {
 
-constexpr int kRowsAtOnce = 16; // of W
+constexpr int kFewRowsAtOnce = 16, kRowsAtOnce = 64; // of W: a thread takes so many
 
 // Consecutive rows of W, at most kRowsAtOnce.
 struct CodedRows {

@@ -2,7 +2,8 @@
 // they leave the decoder; of x, for 16 of its rows, 16 pairs of numbers of each.
 //
 // W is decoded a group of columns at a time, 16 rows of it, into the first-level cache: while the vector units fill one
-// half of a little room, the tile unit multiplies by what lies in the other.
+// half of a little room, the tile unit multiplies by what lies in the other. All rows of W that a thread has taken pass
+// by some columns of x before the next columns, so that these stay in the second-level cache.
 #pragma once
 #include "linear_tiles_amx.h"
 #include "lossless_linear_groups.h"
@@ -17,6 +18,7 @@ namespace fastloss::avx512vbmi {
 constexpr int64_t kTile = 16, kTileNumbers = kTile * 32;
 constexpr int64_t kGroupTiles = kQuarters * kTileNumbers; // numbers of 16 rows of a group
 constexpr int kMostBlocks = 4;                            // of 16 rows of x, whose sums fill the tiles
+constexpr int64_t kGroupsAtOnce = 32;                     // of columns: 512 KB of 64 rows of x
 
 // [blocks of 16 rows][steps][pair][row][2]
 FASTLOSS_BF16 static void lay_tiles(const LaidRows &x, int64_t first, int64_t count) {
@@ -35,20 +37,22 @@ FASTLOSS_BF16 static void lay_tiles(const LaidRows &x, int64_t first, int64_t co
   }
 }
 
-// Decodes four rows of group `g` of 16, from row `first` on, and asks for a later group of them. Rows that there are
-// not are the last one once more: they are multiplied, but rows do not mix.
-FASTLOSS_TILES_INLINE void decode_rows(const GroupDecoder &decoder, const CodedRows &w, int64_t g, int first,
+// Some groups of 16 rows of W, and how many bytes further those lie that come next.
+struct CodedUnit {
+  CodedRows rows;
+  int64_t first, groups, codes_ahead, low_ahead;
+};
+
+// Decodes rows first..first+4 of group `g` and asks memory for what comes next. Rows that there are not are the last
+// one once more: they are multiplied, but rows do not mix.
+FASTLOSS_TILES_INLINE void decode_rows(const GroupDecoder &decoder, const CodedUnit &w, int64_t g, int first,
                                        uint16_t *tiles) {
-  constexpr int64_t kAhead = 8; // groups; behind the last one the next 16 rows follow
-  const int64_t groups = w.columns / kLosslessGroup, further = g + kAhead < groups ? 0 : kRowsAtOnce - 1;
-  const int64_t codes_ahead = kAhead * kP7GroupBytes + further * w.code_step();
-  const int64_t low_ahead = kAhead * kLosslessGroup + further * w.low_step;
   for (int r = first; r < first + 4; ++r) {
-    const int row = std::min(r, w.count - 1);
-    const uint8_t *codes = w.codes_of(row) + g * kP7GroupBytes, *low = w.low_of(row) + g * kLosslessGroup;
-    _mm_prefetch(codes + codes_ahead, _MM_HINT_T1); // an address that is not mapped does no harm
-    _mm_prefetch(low + low_ahead, _MM_HINT_T1);
-    _mm_prefetch(low + low_ahead + 64, _MM_HINT_T1);
+    const int row = std::min(r, w.rows.count - 1);
+    const uint8_t *codes = w.rows.codes_of(row) + g * kP7GroupBytes, *low = w.rows.low_of(row) + g * kLosslessGroup;
+    _mm_prefetch(codes + w.codes_ahead, _MM_HINT_T1); // an address that is not mapped does no harm
+    _mm_prefetch(low + w.low_ahead, _MM_HINT_T1);
+    _mm_prefetch(low + w.low_ahead + 64, _MM_HINT_T1);
     Bytes group[kQuarters];
     decoder.decode(codes, low, group);
     for (int q = 0; q < kQuarters; ++q) _mm512_store_si512(tiles + q * kTileNumbers + r * 32, group[q]);
@@ -91,20 +95,22 @@ FASTLOSS_TILES_INLINE void multiply_step(const uint16_t *w, const uint16_t *x, i
   }
 }
 
+// Adds the products with `blocks` blocks of x to the sums, which those of the first groups begin.
 template <int blocks>
-FASTLOSS_TILES static void multiply_blocks(const CodedRows &w, const uint16_t *x, uint16_t *room, float *sums,
+FASTLOSS_TILES static void multiply_blocks(const CodedUnit &w, const uint16_t *x, uint16_t *room, float *sums,
                                            int64_t stride) {
-  const GroupDecoder decoder(w.table);
-  const int64_t groups = w.columns / kLosslessGroup, block = kTile * w.columns;
+  const GroupDecoder decoder(w.rows.table);
+  const int64_t block = kTile * w.rows.columns, end = w.first + w.groups;
+  x += w.first * kGroupTiles;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int first = 0; first < kRowsAtOnce; first += 4) decode_rows(decoder, w, 0, first, room);
-  for (int64_t g = 0; g < groups; ++g, x += kGroupTiles) {
-    const uint16_t *now = room + g % 2 * kGroupTiles;
-    uint16_t *next = room + (g + 1) % 2 * kGroupTiles;
-    const bool more = g + 1 < groups;
+  for (int first = 0; first < kTile; first += 4) decode_rows(decoder, w, w.first, first, room);
+  for (int64_t g = w.first; g < end; ++g, x += kGroupTiles) {
+    const uint16_t *now = room + (g - w.first) % 2 * kGroupTiles;
+    uint16_t *next = room + (g - w.first + 1) % 2 * kGroupTiles;
+    const bool more = g + 1 < end;
     asm volatile("" ::: "memory"); // GCC's tile loads do not say that they read memory
     multiply_step<blocks, 0>(now, x, block);
     if (more) decode_rows(decoder, w, g + 1, 0, next);
@@ -121,25 +127,40 @@ FASTLOSS_TILES static void multiply_blocks(const CodedRows &w, const uint16_t *x
   _tile_stored(2, product[2], 64);
   _tile_stored(3, product[3], 64);
   asm volatile("" ::"r"(product) : "memory");
-  for (int r = 0; r < kRowsAtOnce; ++r)
+  for (int r = 0; r < kTile; ++r)
     for (int b = 0; b < blocks; ++b) {
+      float *to = sums + r * stride + b * kTile;
       __m512 sum = _mm512_load_ps(product[b][r]);
       if constexpr (blocks <= 2)
         for (int t = b + blocks; t < 4; t += blocks) sum = _mm512_add_ps(sum, _mm512_load_ps(product[t][r]));
-      _mm512_storeu_ps(sums + r * stride + b * kTile, sum);
+      _mm512_store_ps(to, w.first ? _mm512_add_ps(_mm512_load_ps(to), sum) : sum);
     }
 }
 
 inline void multiply_tiles(const CodedRows &w, const LaidRows &x, uint8_t *room, float *sums) {
-  const uint16_t *laid = static_cast<const uint16_t *>(x.laid);
   uint16_t *tiles = reinterpret_cast<uint16_t *>(room);
-  for (int64_t i = 0; i < x.stride; i += kMostBlocks * kTile) {
-    const int64_t blocks = (x.stride - i) / kTile;
-    if (blocks >= 4) multiply_blocks<4>(w, laid + i * x.columns, tiles, sums + i, x.stride);
-    else if (blocks == 3) multiply_blocks<3>(w, laid + i * x.columns, tiles, sums + i, x.stride);
-    else if (blocks == 2) multiply_blocks<2>(w, laid + i * x.columns, tiles, sums + i, x.stride);
-    else multiply_blocks<1>(w, laid + i * x.columns, tiles, sums + i, x.stride);
-  }
+  const int64_t groups = w.columns / kLosslessGroup;
+  for (int64_t first = 0; first < groups; first += kGroupsAtOnce)
+    for (int row = 0; row < w.count; row += kTile) {
+      CodedRows rows = w;
+      rows.codes = w.codes_of(row), rows.low = w.low_of(row), rows.count = std::min(int(kTile), w.count - row);
+      // Behind the last rows come the first ones, with the groups that follow; behind the last groups other rows.
+      const bool last_rows = row + kTile >= w.count, last_groups = first + kGroupsAtOnce >= groups;
+      const int64_t rows_ahead = last_rows && !last_groups ? -row : kTile;
+      const int64_t groups_ahead = !last_rows ? 0 : last_groups ? -first : kGroupsAtOnce;
+      const CodedUnit unit = {rows, first, std::min(kGroupsAtOnce, groups - first),
+                              rows_ahead * w.code_step() + groups_ahead * kP7GroupBytes,
+                              rows_ahead * w.low_step + groups_ahead * kLosslessGroup};
+      for (int64_t i = 0; i < x.stride; i += kMostBlocks * kTile) {
+        const uint16_t *laid = static_cast<const uint16_t *>(x.laid) + i * x.columns;
+        const int64_t blocks = (x.stride - i) / kTile;
+        float *to = sums + row * x.stride + i;
+        if (blocks >= 4) multiply_blocks<4>(unit, laid, tiles, to, x.stride);
+        else if (blocks == 3) multiply_blocks<3>(unit, laid, tiles, to, x.stride);
+        else if (blocks == 2) multiply_blocks<2>(unit, laid, tiles, to, x.stride);
+        else multiply_blocks<1>(unit, laid, tiles, to, x.stride);
+      }
+    }
 }
 
 // LinearEngine::add_pairs: 16 rows of x lie side by side.
