@@ -22,7 +22,7 @@ FASTLOSS_BF16 static void lay_dots(const LaidRows &x, int64_t first, int64_t cou
 
 // Asks for the codes and bytes of the group that is `kAhead` numbers further: the processor's own look ahead ends with
 // a page. An address that is not mapped does no harm.
-constexpr int64_t kAhead = 2048;
+constexpr int64_t kAhead = 4096;
 FASTLOSS_BF16_INLINE void look_ahead(const uint8_t *codes, const uint8_t *low) {
   _mm_prefetch(codes + kAhead / kLosslessGroup * kP7GroupBytes, _MM_HINT_T0);
   _mm_prefetch(low + kAhead, _MM_HINT_T0);
@@ -43,7 +43,8 @@ FASTLOSS_BF16 static void dots_of_row(const GroupDecoder &decoder, const CodedRo
     } else {
       look_ahead(codes, low + g);
       decoder.decode(codes, low + g, group);
-      for (int q = 0; q < kQuarters; ++q) _mm512_storeu_si512(decoded + g + 32 * q, group[q]);
+      if (x.n > count)
+        for (int q = 0; q < kQuarters; ++q) _mm512_storeu_si512(decoded + g + 32 * q, group[q]);
     }
     for (int i = 0; i < count; ++i)
       for (int q = 0; q < kQuarters; ++q)
