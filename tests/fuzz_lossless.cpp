@@ -54,8 +54,10 @@ private:
 };
 
 int64_t sizes_of(Bytes &in) {
-  const int64_t near[] = {0,    1,    2,    63,    64,    65,    127,   128,   129,
-                          4095, 4096, 4097, 16383, 16384, 16385, 32768, 65535, 65537};
+  const int64_t near[] = {
+      0,     1,     2,     63,    64,    65,    127,    128,    129,    4095,   4096,   4097,
+      16383, 16384, 16385, 32768, 65535, 65537, 131071, 131072, 131073, 150000, 1100000}; // eight blocks at once, and
+                                                                                          // past the cache
   return in.next() & 1 ? near[in.below(int64_t(std::size(near)))] : in.below(90000);
 }
 

@@ -8,7 +8,8 @@ namespace fastloss {
 class Crc32c {
 public:
   explicit Crc32c(int isa);
-  uint32_t of(const uint8_t *data, int64_t bytes) const { return ~update_(~0u, data, bytes); }
+  // `before`: the checksum of what lies before these bytes.
+  uint32_t of(const uint8_t *data, int64_t bytes, uint32_t before = 0) const { return ~update_(~before, data, bytes); }
 
 private:
   uint32_t (*update_)(uint32_t crc, const uint8_t *data, int64_t bytes);

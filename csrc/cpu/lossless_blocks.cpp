@@ -10,7 +10,7 @@ namespace fastloss {
 
 namespace {
 
-constexpr int64_t kChunk = 512; // numbers whose fields stay in L1 between look-up and merge
+constexpr int64_t kChunk = 1024; // numbers whose fields stay in L1 between look-up and merge
 
 alignas(64) constexpr uint8_t kZeros[kChunk] = {}; // a plane that is not stored
 
@@ -22,6 +22,13 @@ DecodeLoops decode_loops_for(int isa) {
 #endif
   (void)level;
   return scalar::decode_loops();
+}
+
+std::vector<RansTable> tables_of(const Compressed &c) {
+  std::vector<RansTable> tables;
+  for (const RansPlane &plane : c.coded)
+    if (plane.frequencies) tables.emplace_back(plane.frequencies);
+  return tables;
 }
 
 // Section offsets are signed when they are compared: what is negative is 0.
@@ -46,47 +53,48 @@ __attribute__((always_inline)) inline void ask_ahead(const Compressed &c, int64_
 } // namespace
 
 LosslessBlocks::LosslessBlocks(const Compressed &c, int item, int isa)
-    : c(c), item(item), count(lossless_blocks(c.numel)), isa_(isa), loops_(decode_loops_for(isa)) {}
-
-int64_t LosslessBlocks::room() const {
-  int64_t planes = 0;
-  for (const RansPlane &plane : c.coded) planes += plane.frequencies != nullptr;
-  return planes * std::min(count, together()) * kLosslessBlock;
-}
+    : c(c), item(item), count(lossless_blocks(c.numel)), tables(tables_of(c)), isa_(isa),
+      loops_(decode_loops_for(isa)) {}
 
 int LosslessBlocks::threads(int64_t numbers, int64_t tasks) const {
   return numbers <= kFewNumbers ? 1 : int(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), tasks)));
 }
 
-void LosslessBlocks::decode_coded(int64_t first, int64_t count, uint8_t *coded) const {
-  for (const RansPlane &plane : c.coded) {
-    if (!plane.frequencies) continue;
-    r8_decode_blocks(plane, c.numel, first, count, coded, isa_);
-    coded += std::min(this->count, together()) * kLosslessBlock;
-  }
+CodedPieces::CodedPieces(const LosslessBlocks &blocks, int64_t first_block, int64_t count, int64_t size, uint8_t *room)
+    : blocks_(blocks), first_block_(first_block), begin_(-size), size_(size), room_(room) {
+  RansBlocks *next = planes_;
+  for (const RansPlane &plane : blocks.c.coded)
+    if (plane.frequencies) *next++ = RansBlocks(plane, first_block, count);
 }
 
-void LosslessBlocks::decode_groups(int64_t block, int64_t at, const uint8_t *coded, int64_t from, int64_t count,
+void CodedPieces::next() {
+  begin_ += size_;
+  for (size_t p = 0; p < blocks_.tables.size(); ++p)
+    planes_[p].decode(blocks_.tables[p], size_ / kRansLanes, room_ + int64_t(p) * kRansBlocks * size_, size_,
+                      blocks_.isa_);
+}
+
+void LosslessBlocks::decode_groups(const CodedPieces &coded, int64_t at, int64_t from, int64_t count,
                                    uint8_t *out) const {
   const Split split = kSplits[c.number];
-  const int64_t first = block * kLosslessBlock;
+  const int64_t first = coded.block(at) * kLosslessBlock;
   const int64_t padded = std::min(kLosslessBlock, lossless_padded(c.numel) - first);
-  const int64_t plane = std::min(this->count, together()) * kLosslessBlock;
   alignas(64) uint8_t fields[kChunk];
   for (int64_t i = from; i < from + count; i += kChunk) {
     const int64_t some = std::min(kChunk, from + count - i);
-    const uint8_t *next = coded + at * kLosslessBlock + i; // in the next coded plane
+    int64_t coded_planes = 0;
+    const auto coded_bytes = [&] { return coded.bytes(coded_planes++, at) + i - coded.begin(); };
     NumberPlanes planes = {};
     if (ahead) ask_ahead(c, first + kLosslessBlock + i, some);
     if (c.codec == kP7) {
       loops_.p7_fields(c.table, c.codes + (first + i) / kLosslessGroup * kP7GroupBytes, some / kLosslessGroup, fields);
       planes.field = fields;
     } else {
-      planes.field = next, next += plane;
+      planes.field = coded_bytes();
     }
     for (int p = 0; p < split.byte_planes; ++p) {
       planes.bytes[p] = c.bytes[p] ? c.bytes[p] + first + i : kZeros;
-      if (c.coded[p + 1].frequencies) planes.bytes[p] = next, next += plane;
+      if (c.coded[p + 1].frequencies) planes.bytes[p] = coded_bytes();
     }
     for (int p = 0; p < split.bit_planes; ++p)
       planes.bits[p] = c.bits + first / 8 * split.bit_planes + (p * padded + i) / 8;
@@ -107,8 +115,8 @@ void LosslessBlocks::write_escapes(int64_t block, int64_t from, int64_t to, uint
   }
 }
 
-void LosslessBlocks::decode(int64_t block, int64_t at, const uint8_t *coded, int64_t from, int64_t to,
-                            uint8_t *out) const {
+void LosslessBlocks::decode(const CodedPieces &coded, int64_t at, int64_t from, int64_t to, uint8_t *out) const {
+  const int64_t block = coded.block(at);
   if (c.codec == kRaw) {
     memcpy(out, c.raw + (block * kLosslessBlock + from) * item, size_t((to - from) * item));
     return;
@@ -117,11 +125,11 @@ void LosslessBlocks::decode(int64_t block, int64_t at, const uint8_t *coded, int
   for (int64_t i = from; i < to;) {
     const int64_t within = i % kLosslessGroup, whole = (to - i) / kLosslessGroup * kLosslessGroup;
     if (!within && whole) {
-      decode_groups(block, at, coded, i, whole, out + (i - from) * item);
+      decode_groups(coded, at, i, whole, out + (i - from) * item);
       i += whole;
     } else {
       const int64_t some = std::min(kLosslessGroup - within, to - i);
-      decode_groups(block, at, coded, i - within, kLosslessGroup, edge);
+      decode_groups(coded, at, i - within, kLosslessGroup, edge);
       memcpy(out + (i - from) * item, edge + within * item, size_t(some * item));
       i += some;
     }

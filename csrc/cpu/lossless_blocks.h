@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace fastloss {
 
@@ -40,34 +41,60 @@ private:
   std::unique_ptr<void, Free> memory_;
 };
 
-// The blocks of a compressed tensor. `coded` below is the room of a thread that holds the coded planes of `tile`.
+class CodedPieces;
+
+// The blocks of a compressed tensor.
 class LosslessBlocks {
 public:
   LosslessBlocks(const Compressed &c, int item, int isa);
 
   const Compressed &c;
-  const int64_t item, count; // bytes of a number; number of blocks
-  bool ahead = false;        // ask memory for the next block's sections while one is decoded
+  const int64_t item, count;           // bytes of a number; number of blocks
+  const std::vector<RansTable> tables; // of the coded planes
+  bool ahead = false;                  // ask memory for sections before their turn
 
-  // How many blocks are taken at once, and the room that their coded planes want.
+  // How many blocks are taken at once.
   int64_t together() const { return c.codec == kR8 ? kRansBlocks : 1; }
-  int64_t room() const;
   int threads(int64_t numbers, int64_t tasks) const;
 
   int64_t numbers(int64_t block) const { return std::min(kLosslessBlock, c.numel - block * kLosslessBlock); }
-  // The coded planes of blocks first..first+count, count <= together().
-  void decode_coded(int64_t first, int64_t count, uint8_t *coded) const;
-  // Numbers from..to of `block`, the `at`-th of those whose planes are in `coded`, in the order of the sequence.
-  void decode(int64_t block, int64_t at, const uint8_t *coded, int64_t from, int64_t to, uint8_t *out) const;
+  // Numbers from..to of the `at`-th block of `coded`, within its piece, in the order of the sequence.
+  void decode(const CodedPieces &coded, int64_t at, int64_t from, int64_t to, uint8_t *out) const;
 
   void stream_copy(const uint8_t *from, int64_t bytes, uint8_t *out) const { loops_.stream_copy(from, bytes, out); }
 
 private:
+  friend class CodedPieces;
   int isa_;
   DecodeLoops loops_;
 
-  void decode_groups(int64_t block, int64_t at, const uint8_t *coded, int64_t from, int64_t count, uint8_t *out) const;
+  void decode_groups(const CodedPieces &coded, int64_t at, int64_t from, int64_t count, uint8_t *out) const;
   void write_escapes(int64_t block, int64_t from, int64_t to, uint8_t *out) const;
+};
+
+// Up to together() neighbouring blocks, of each `size` numbers at a time from the front: what these need of the coded
+// planes lies in `room`.
+class CodedPieces {
+public:
+  static int64_t room(const LosslessBlocks &blocks, int64_t size) {
+    return int64_t(blocks.tables.size()) * kRansBlocks * size;
+  }
+  // first_block .. first_block + count; size: whole groups.
+  CodedPieces(const LosslessBlocks &blocks, int64_t first_block, int64_t count, int64_t size, uint8_t *room);
+
+  // On to the first piece, and from one to the next.
+  void next();
+  int64_t block(int64_t at) const { return first_block_ + at; }
+  int64_t begin() const { return begin_; } // the piece's first number in every block
+  int64_t size() const { return size_; }
+  // The piece's bytes of coded plane `plane` (of those that there are) of the `at`-th block.
+  const uint8_t *bytes(int64_t plane, int64_t at) const { return room_ + (plane * kRansBlocks + at) * size_; }
+
+private:
+  const LosslessBlocks &blocks_;
+  int64_t first_block_, begin_, size_;
+  uint8_t *room_;
+  RansBlocks planes_[4];
 };
 
 } // namespace fastloss

@@ -3,8 +3,11 @@
 #include "crc32c.h"
 #include "huge_pages.h"
 #include "lossless_blocks.h"
+#include "r8_decode_bf16.h"
 
+#include <array>
 #include <atomic>
+#include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -12,7 +15,14 @@
 namespace fastloss {
 namespace {
 
+// Bytes of a result that passes the cache by: what is not in it anyway need not be read to be overwritten. Eight blocks
+// at once have lines in eight places, for which ordinary stores wait longer.
+constexpr int64_t kPastCache = 4 << 20, kPastCacheAtOnce = 2 << 20;
 constexpr int64_t kTileRows = 16, kTileColumns = 128, kTile = kTileRows * kTileColumns;
+
+int threads_for(const LosslessBlocks &blocks, int64_t numbers) {
+  return blocks.threads(numbers, lossless_blocks(numbers) + 1);
+}
 
 // One unit of layout tiles, in its sequence, to its 16 rows.
 template <class Pair> void write_tile(const uint8_t *tile, int64_t columns, uint8_t *out) {
@@ -27,26 +37,22 @@ template <class Pair> void write_tile(const uint8_t *tile, int64_t columns, uint
     }
 }
 
-// Numbers first..first+count of the sequence by calls of body(block, at, coded, from, to, thread), `at` among those
-// whose coded planes lie in `coded`.
-template <class Body>
-void each_block(const LosslessBlocks &blocks, const ThreadRoom &rooms, int threads, int64_t first, int64_t count,
-                const Body &body) {
-  const int64_t begin = first / kLosslessBlock, end = lossless_blocks(first + count), together = blocks.together();
+// Numbers of the sequence.
+struct Range {
+  int64_t first, count;
+  int64_t end() const { return first + count; }
+};
+
+// body(first block, their number, thread) of each task.
+template <class Body> void each_task(const LosslessBlocks &blocks, Range range, int threads, const Body &body) {
+  const int64_t begin = range.first / kLosslessBlock, end = lossless_blocks(range.end()), together = blocks.together();
   const int64_t tasks = (end - begin + together - 1) / together;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < tasks; ++task) {
-      const int thread = omp_get_thread_num();
-      const int64_t block = begin + task * together, some = std::min(together, end - block);
-      uint8_t *coded = rooms.of(thread);
-      blocks.decode_coded(block, some, coded);
-      for (int64_t at = 0; at < some; ++at) {
-        const int64_t start = (block + at) * kLosslessBlock;
-        body(block + at, at, coded, std::max<int64_t>(first - start, 0),
-             std::min(first + count - start, blocks.numbers(block + at)), thread);
-      }
+      const int64_t block = begin + task * together;
+      body(block, std::min(together, end - block), omp_get_thread_num());
     }
 #ifdef __x86_64__
     _mm_sfence(); // before anyone reads what passed the cache by
@@ -54,50 +60,120 @@ void each_block(const LosslessBlocks &blocks, const ThreadRoom &rooms, int threa
   }
 }
 
-// The same with the numbers in their place; then(block, bytes, size) sees those of each block in the order of the
-// sequence while they are hot in cache. Results that would push everything else out of the cache pass it by, a whole
-// block after its escapes are in. Without `out` nothing is kept.
-template <class Then>
-void decode_all(LosslessBlocks blocks, int64_t first, int64_t count, uint8_t *out, const Then &then) {
-  if (!count) return;
+// body(at, from, to) of each piece of `coded` that lies in the range: numbers from..to of its `at`-th block.
+template <class Body> void each_piece(CodedPieces &coded, int64_t blocks, Range range, const Body &body) {
+  const int64_t longest = std::min(range.end() - coded.block(0) * kLosslessBlock, kLosslessBlock);
+  for (int64_t start = 0; start < longest; start += coded.size()) {
+    coded.next();
+    for (int64_t at = 0; at < blocks; ++at) {
+      const int64_t before = coded.block(at) * kLosslessBlock; // numbers
+      const int64_t from = std::max(range.first - before, start);
+      const int64_t to = std::min({range.end() - before, kLosslessBlock, start + coded.size()});
+      if (from < to) body(at, from, to);
+    }
+  }
+}
+
+// Small enough that all parts of a piece lie in L1. Of R8 eight blocks are under way; checksums and tiles want longer
+// pieces. An escape of P7 is looked for in each piece of its block.
+int64_t piece_size(const Compressed &c, bool long_ones) {
+  if (c.codec == kR8) return long_ones ? kTile : 512;
+  return c.codec == kP7 ? 4096 : kLosslessBlock;
+}
+
+// Where decoded numbers go: large results pass the cache by. Without `out` nothing is kept.
+struct Destination {
+  const LosslessBlocks &blocks;
+  Range range;
+  uint8_t *out;
+  bool large, tiles = blocks.c.layout == kLayoutTiles, stream = out && large && !tiles;
+  int64_t item = blocks.item;
+
+  uint8_t *of(int64_t block, int64_t from) const { return out + (block * kLosslessBlock + from - range.first) * item; }
+
+  // Numbers from..to of a block that were staged.
+  void take(int64_t block, int64_t from, int64_t to, const uint8_t *room) const {
+    if (!out) return;
+    if (!tiles) {
+      if (stream) blocks.stream_copy(room, (to - from) * item, of(block, from));
+      else memcpy(of(block, from), room, size_t((to - from) * item));
+      return;
+    }
+    const int64_t place = block * kLosslessBlock + from - range.first, columns = blocks.c.columns;
+    const int64_t across = columns / kTileColumns;
+    for (int64_t unit = place / kTile; unit < (place + to - from) / kTile; ++unit, room += kTile * item) {
+      uint8_t *corner = out + (unit / across * kTileRows * columns + unit % across * kTileColumns) * item;
+      if (item == 2) write_tile<uint32_t>(room, columns, corner);
+      else write_tile<uint64_t>(room, columns, corner);
+    }
+  }
+};
+
+// The numbers in their place; check(block, at, from, to, bytes, thread) sees them while they are hot in cache, of a
+// block in their order.
+template <class Check>
+void decode_all(LosslessBlocks &blocks, Range range, uint8_t *out, bool checked, int isa, const Check &check) {
+  if (!range.count) return;
   const Compressed &c = blocks.c;
-  const int64_t item = blocks.item, across = c.columns / kTileColumns;
-  const int threads = blocks.threads(count, lossless_blocks(count) + 1);
-  const bool tiles = c.layout == kLayoutTiles, stream = out && !tiles && count * item > kStreamed;
-  const bool staged = tiles || stream || !out;
-  blocks.ahead = count * item > kStreamed;
-  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(count * item));
-  const ThreadRoom coded(threads, blocks.room()), rooms(threads, staged ? kLosslessBlock * item : 0);
-  each_block(blocks, coded, threads, first, count,
-             [&](int64_t block, int64_t at, const uint8_t *planes, int64_t from, int64_t to, int thread) {
-               const int64_t place = block * kLosslessBlock + from - first, bytes = (to - from) * item;
-               uint8_t *room = staged ? rooms.of(thread) : out + place * item;
-               blocks.decode(block, at, planes, from, to, room);
-               then(block, room, bytes);
-               if (stream) blocks.stream_copy(room, bytes, out + place * item);
-               if (!tiles || !out) return;
-               for (int64_t unit = place / kTile; unit < (place + to - from) / kTile; ++unit, room += kTile * item) {
-                 uint8_t *corner = out + (unit / across * kTileRows * c.columns + unit % across * kTileColumns) * item;
-                 if (item == 2) write_tile<uint32_t>(room, c.columns, corner);
-                 else write_tile<uint64_t>(room, c.columns, corner);
-               }
-             });
+  const bool at_once = RansBf16::takes(c, isa);
+  const int64_t item = blocks.item, bytes = range.count * item;
+  const Destination to_out{blocks, range, out, bytes > (at_once ? kPastCacheAtOnce : kPastCache)};
+  const bool staged = to_out.tiles || to_out.stream || !out;
+  const bool direct = to_out.stream && reinterpret_cast<uintptr_t>(to_out.of(0, 0)) % 64 == 0; // lines are whole
+  const int threads = threads_for(blocks, range.count);
+  const int64_t size = piece_size(c, to_out.tiles || checked);
+  const int64_t stride = RansBf16::kPiece * item + 64; // of blocks at once: not all in the same set of the cache
+  blocks.ahead = bytes > kPastCache;
+  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(bytes));
+  const ThreadRoom coded_rooms(threads, CodedPieces::room(blocks, size));
+  const ThreadRoom rooms(threads, std::max(staged ? size * item : 0, at_once ? kRansBlocks * stride : 0));
+
+  const auto eight_at_once = [&](int64_t first, int thread) {
+    const BlockLines room = {rooms.of(thread), stride}, none;
+    RansBf16 eight(c, blocks.tables[0], first);
+    for (int64_t from = 0, to; from < kLosslessBlock; from = to) {
+      to = from + RansBf16::kPiece;
+      const BlockLines lines = direct ? BlockLines{to_out.of(first, from), kLosslessBlock * item} : none;
+      eight.next(checked || !direct ? room : none, lines);
+      for (int64_t at = 0; at < kRansBlocks; ++at) {
+        check(first + at, at, from, to, room.of(at), thread);
+        if (!direct) to_out.take(first + at, from, to, room.of(at));
+      }
+    }
+  };
+  each_task(blocks, range, threads, [&](int64_t first, int64_t count, int thread) {
+    const bool whole = first * kLosslessBlock >= range.first && (first + kRansBlocks) * kLosslessBlock <= range.end();
+    if (at_once && whole) return eight_at_once(first, thread);
+    CodedPieces coded(blocks, first, count, size, coded_rooms.of(thread));
+    each_piece(coded, count, range, [&](int64_t at, int64_t from, int64_t to) {
+      uint8_t *made = staged ? rooms.of(thread) : to_out.of(first + at, from);
+      blocks.decode(coded, at, from, to, made);
+      check(first + at, at, from, to, made, thread);
+      if (staged) to_out.take(first + at, from, to, made);
+    });
+  });
 }
 
 } // namespace
 
 void lossless_decode_cpu(const Compressed &c, int item, int64_t first, int64_t count, uint8_t *out, int isa) {
-  decode_all(LosslessBlocks(c, item, isa), first, count, out, [](int64_t, const uint8_t *, int64_t) {});
+  LosslessBlocks blocks(c, item, isa);
+  decode_all(blocks, {first, count}, out, false, isa, [](int64_t, int64_t, int64_t, int64_t, const uint8_t *, int) {});
 }
 
 int64_t lossless_decode_checked_cpu(const Compressed &c, int item, uint8_t *out, int isa) {
+  LosslessBlocks blocks(c, item, isa);
   const Crc32c crc(isa);
   std::atomic<int64_t> bad{c.numel};
-  decode_all(LosslessBlocks(c, item, isa), 0, c.numel, out, [&](int64_t block, const uint8_t *bytes, int64_t size) {
-    if (crc.of(bytes, size) == c.block_crc[block]) return;
-    for (int64_t known = bad; block < known && !bad.compare_exchange_weak(known, block);) {
-    }
-  });
+  std::vector<std::array<uint32_t, kRansBlocks>> sums(size_t(threads_for(blocks, c.numel))); // so far, of each block
+  decode_all(blocks, {0, c.numel}, out, true, isa,
+             [&](int64_t block, int64_t at, int64_t from, int64_t to, const uint8_t *bytes, int thread) {
+               uint32_t &sum = sums[size_t(thread)][size_t(at)];
+               sum = crc.of(bytes, (to - from) * item, from ? sum : 0);
+               if (to < blocks.numbers(block) || sum == c.block_crc[block]) return;
+               for (int64_t known = bad; block < known && !bad.compare_exchange_weak(known, block);) {
+               }
+             });
   return bad == c.numel ? -1 : bad.load();
 }
 

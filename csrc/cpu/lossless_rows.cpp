@@ -14,12 +14,12 @@ struct Rows {
   uint8_t *out;
   int64_t columns = blocks.c.columns, row_bytes = columns * blocks.item;
 
-  // The part of output row `place`, of numbers first..first+columns, that lies in `block`.
-  void copy(int64_t place, int64_t block, int64_t at, const uint8_t *coded) const {
-    const int64_t first = index[place] * columns, start = block * kLosslessBlock;
+  // The part of output row `place`, of numbers first..first+columns, that lies in the `at`-th block of `coded`.
+  void copy(int64_t place, const CodedPieces &coded, int64_t at) const {
+    const int64_t first = index[place] * columns, start = coded.block(at) * kLosslessBlock;
     const int64_t from = std::max<int64_t>(first - start, 0);
     const int64_t to = std::min(first + columns - start, kLosslessBlock);
-    blocks.decode(block, at, coded, from, to, out + place * row_bytes + (start + from - first) * blocks.item);
+    blocks.decode(coded, at, from, to, out + place * row_bytes + (start + from - first) * blocks.item);
   }
 };
 
@@ -29,7 +29,7 @@ void by_row(const Rows &rows) {
   for (int64_t place = 0; place < rows.count; ++place) {
     const int64_t first = rows.index[place] * rows.columns;
     for (int64_t b = first / kLosslessBlock; b < lossless_blocks(first + rows.columns); ++b)
-      rows.copy(place, b, 0, nullptr);
+      rows.copy(place, CodedPieces(rows.blocks, b, 1, kLosslessBlock, nullptr), 0);
   }
 }
 
@@ -57,18 +57,18 @@ void by_block(const Rows &rows) {
       runs.push_back(i);
   const int64_t tasks = int64_t(runs.size()) - 1;
   const int threads = blocks.threads(int64_t(touched.size()) * kLosslessBlock, tasks);
-  const ThreadRoom rooms(threads, blocks.room());
+  const ThreadRoom rooms(threads, CodedPieces::room(blocks, kLosslessBlock));
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const size_t begin = runs[size_t(task)], end = runs[size_t(task) + 1];
-    uint8_t *coded = rooms.of(omp_get_thread_num());
-    blocks.decode_coded(touched[begin], int64_t(end - begin), coded);
+    CodedPieces coded(blocks, touched[begin], int64_t(end - begin), kLosslessBlock, rooms.of(omp_get_thread_num()));
+    coded.next();
     for (size_t i = begin; i < end; ++i) {
       const int64_t start = touched[i] * kLosslessBlock, stop = start + kLosslessBlock;
       auto place = std::partition_point(order.begin(), order.end(),
                                         [&](int64_t p) { return (rows.index[p] + 1) * rows.columns <= start; });
       for (; place != order.end() && rows.index[*place] * rows.columns < stop; ++place)
-        rows.copy(*place, touched[i], int64_t(i - begin), coded);
+        rows.copy(*place, coded, int64_t(i - begin));
     }
   }
 }

@@ -1,7 +1,7 @@
 // R8 decoded with AVX2: eight states a register, 32 bits each, and one gather for what their slots stand for.
 #pragma once
 #ifdef __x86_64__
-#include "r8_streams.h"
+#include "r8_literals.h"
 #include "simd.h"
 
 namespace fastloss {
@@ -44,14 +44,19 @@ FASTLOSS_AVX2_INLINE __m256i step(__m256i &x, const int *entries, const Places &
   return entry;
 }
 
-// Two blocks side by side; `out` may be the same, and then both streams are.
-FASTLOSS_AVX2 void decode_two(const int *entries, RansStream *streams, int64_t steps, uint8_t *const *out) {
+FASTLOSS_AVX2 void decode_two(const int *entries, RansBlocks &blocks, int64_t first, int64_t steps, uint8_t *out,
+                              int64_t stride) {
   static const Places places;
   __m256i x[2][4];
-  for (int b = 0; b < 2; ++b)
+  const uint8_t *cursor[2];
+  uint8_t *const rows[2] = {out + first * stride, out + (first + 1) * stride};
+  RansStream *streams = blocks.streams + first;
+  uint16_t (*states)[kRansLanes] = blocks.states + first;
+  for (int b = 0; b < 2; ++b) {
     for (int part = 0; part < 4; ++part)
-      x[b][part] = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(streams[b].begin + 16 * part)));
-  const uint8_t *cursor[2] = {streams[0].cursor, streams[1].cursor};
+      x[b][part] = _mm256_cvtepu16_epi32(_mm_load_si128((const __m128i *)(states[b] + 8 * part)));
+    cursor[b] = streams[b].cursor;
+  }
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), low = _mm256_set1_epi32(255);
   for (int64_t at = 0; at < steps * kRansLanes; at += kRansLanes) {
     uint32_t escapes[2];
@@ -72,25 +77,27 @@ FASTLOSS_AVX2 void decode_two(const int *entries, RansStream *streams, int64_t s
             _mm256_packus_epi16(_mm256_packus_epi32(words[0], words[1]), _mm256_packus_epi32(words[2], words[3]));
         return _mm256_permutevar8x32_epi32(packed, order);
       };
-      _mm256_storeu_si256((__m256i *)(out[b] + at), bytes(entry));
+      _mm256_store_si256((__m256i *)(rows[b] + at), bytes(entry));
       escapes[b] = uint32_t(_mm256_movemask_epi8(bytes(flag)));
     }
     if (__builtin_expect(escapes[0] | escapes[1], 0))
-      for (int b = 0; b < 2; ++b) read_literals(streams[b], escapes[b], out[b] + at);
+      for (int b = 0; b < 2; ++b) read_literals(streams[b], escapes[b], rows[b] + at);
+  }
+  for (int b = 0; b < 2; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256i packed = _mm256_packus_epi32(x[b][2 * half], x[b][2 * half + 1]);
+      _mm256_store_si256((__m256i *)(states[b] + 16 * half), _mm256_permute4x64_epi64(packed, 0xd8));
+    }
+    streams[b].cursor = cursor[b];
   }
 }
 
-FASTLOSS_AVX2 void decode(const RansTable &table, const RansStream *streams, int count, uint8_t *out) {
+FASTLOSS_AVX2 void decode(const RansTable &table, RansBlocks &blocks, int64_t steps, uint8_t *out, int64_t stride) {
   int entries[kSlots];
   for (int s = 0; s < kSlots; ++s)
     entries[s] = int(uint32_t(table.frequency[s]) | uint32_t(table.bias[s]) << 8 | uint32_t(table.symbol[s]) << 16 |
                      (s >= table.first_escape ? 0x80000000u : 0));
-  for (int b = 0; b < count; b += 2) {
-    const int other = std::min(b + 1, count - 1); // a block without a partner is its own
-    RansStream two[2] = {streams[b], streams[other]};
-    uint8_t *const rows[2] = {out + b * kLosslessBlock, out + other * kLosslessBlock};
-    decode_two(entries, two, two[0].steps, rows);
-  }
+  for (int64_t b = 0; b < blocks.count; b += 2) decode_two(entries, blocks, b, steps, out, stride);
 }
 
 #undef FASTLOSS_AVX2

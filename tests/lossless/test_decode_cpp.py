@@ -173,27 +173,56 @@ def test_tiles(dtype: torch.dtype) -> None:
     assert torch.equal(bits(out), bits(x))
 
 
-def test_large() -> None:
-    """Beyond 16 MiB numbers pass the cache by, to an address that need not be that of a line."""
-    x, block = made("escapes", BLOCK, torch.bfloat16, Codec.P7)  # the reference would take long: repeat one block
+def repeated(block: CompressedTensor, times: int) -> CompressedTensor:
+    """A tensor of one block many times: the reference would take long."""
     parts = {k: block.blob[at : at + n] for k, (at, n, _) in block.header.sections.items()}
-    times = 576  # 18 MiB
-    escapes = parts[Section.ESCAPE_POSITIONS].numel() // 2
-    repeated = {k: p if k == Section.TABLE else p.repeat(times) for k, p in parts.items()}
-    repeated[Section.ESCAPE_OFFSETS] = (torch.arange(times + 1) * escapes).view(torch.uint8)
-    c = CompressedTensor(*header.build(Codec.P7, Layout.ROWS, x.dtype, (times * BLOCK,), repeated))
-    want = x.view(torch.int16).repeat(times)
+
+    def offsets(each: int) -> Tensor:
+        return (torch.arange(times + 1) * each).view(torch.uint8)
+
+    shared = {Section.TABLE, *range(Section.FIELD_FREQUENCIES, Section.RAW, 3)}
+    many = {k: p if k in shared else p.repeat(times) for k, p in parts.items()}
+    for kind in range(Section.FIELD_FREQUENCIES, Section.RAW, 3):
+        if kind in parts:
+            many[Section(kind + 1)] = offsets(parts[Section(kind + 2)].numel())
+    if Section.ESCAPE_OFFSETS in parts:
+        many[Section.ESCAPE_OFFSETS] = offsets(len(parts.get(Section.ESCAPE_POSITIONS, ())) // 2)
+    return CompressedTensor(*header.build(block.header.codec, Layout.ROWS, block.dtype, (times * BLOCK,), many))
+
+
+@pytest.mark.parametrize("kind", ["normal", "escapes", "uniform"])
+@pytest.mark.parametrize("codec", [Codec.P7, Codec.R8])
+@pytest.mark.parametrize("times", [19, 133, 331])
+def test_large(codec: Codec, times: int, kind: str) -> None:
+    """Several blocks side by side; beyond 2 and 4 MiB numbers pass the cache by, to any address."""
+    x, block = made(kind, BLOCK, torch.bfloat16, codec)
+    c, want = repeated(block, times), x.view(torch.int16).repeat(times)
     assert torch.equal(decoded(c).view(torch.int16), want)
     out, bad = checked(c)
     assert bad == -1
     assert torch.equal(out.view(torch.int16), want)
-    assert torch.equal(decoded(c, 77, c.numel() - 100).view(torch.int16), want[77:-23])
-    room = torch.empty(c.numel() + 1, dtype=x.dtype)[1:]
-    assert lossless_decode_checked(c.blob, c.plan, room) == -1
-    assert torch.equal(room.view(torch.int16), want)
-    room.zero_()
-    lossless_decode_into(c.blob, c.plan, room)
-    assert torch.equal(room.view(torch.int16), want)
+    for first, count in ((77, c.numel() - 100), (8 * BLOCK, 9 * BLOCK), (BLOCK + 32, c.numel() - BLOCK - 32)):
+        assert torch.equal(decoded(c, first, count).view(torch.int16), want[first : first + count])
+    for skipped in (1, 32):
+        room = torch.full((c.numel() + skipped + 1,), 0.5, dtype=x.dtype)
+        into = room[skipped:-1]
+        assert lossless_decode_checked(c.blob, c.plan, into) == -1
+        assert torch.equal(into.view(torch.int16), want)
+        into.zero_()
+        lossless_decode_into(c.blob, c.plan, into)
+        assert torch.equal(into.view(torch.int16), want)
+        assert (room[:skipped] == 0.5).all() and room[-1] == 0.5
+
+
+def test_bad_block_of_many() -> None:
+    """The first of two wrong checksums, wherever its block stands among those that are decoded side by side."""
+    c = repeated(made("normal", BLOCK, torch.bfloat16, Codec.R8)[1], 19)
+    at = c.header.sections[Section.BLOCK_CRC][0]
+    for first, second in ((0, 7), (3, 4), (7, 8), (15, 18), (17, 18)):
+        blob = c.blob.clone()
+        blob[at + 4 * first] ^= 1
+        blob[at + 4 * second] ^= 1
+        assert lossless_verify(blob, c.plan, c.dtype) == first
 
 
 @BOTH

@@ -14,10 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "csrc" / "cpu"
-SOURCES = [
-    ROOT / "tests" / "fuzz_lossless.cpp",
-    *(CPU / f"{name}.cpp" for name in ("crc32c", "lossless_blocks", "lossless_decode", "lossless_rows", "r8_decode")),
-]
+UNITS = ("crc32c", "lossless_blocks", "lossless_decode", "lossless_rows", "r8_decode", "r8_decode_bf16")
+SOURCES = [ROOT / "tests" / "fuzz_lossless.cpp", *(CPU / f"{name}.cpp" for name in UNITS)]
 FLAGS = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = pytest.mark.skipif(

@@ -20,12 +20,11 @@ from .contract import (
     Section,
     cost_bits,
     entropy_bits,
-    frequencies,
     has_tiles,
     pair_table,
 )
 from .cpp_encode import field_of, p7_encode_within, p7_sizes, r8_planes_within, r8_sizes
-from .cpp_r8 import r8_payloads
+from .cpp_r8 import frequencies, r8_payloads
 from .tiles import to_tiles
 
 CODECS = {"raw": Codec.RAW, "p7": Codec.P7, "r8": Codec.R8}
@@ -146,7 +145,7 @@ def _integers(flat: Tensor) -> Tensor:
 
 def _crc(flat: Tensor) -> Tensor:
     crc = checksum.of_blocks(flat.view(torch.uint8), BLOCK * flat.element_size())
-    return torch.where(crc >= 1 << 31, crc - (1 << 32), crc).to(torch.int32).view(torch.uint8)
+    return crc.view(torch.uint8).view(-1, 8)[:, :4].reshape(-1)  # the low halves
 
 
 def _raw(flat: Tensor, shape: Sequence[int]) -> CompressedTensor:
@@ -188,14 +187,14 @@ def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
         if p and _is_noise(plane, flat.numel()):
             parts[Section.BYTES0 + p - 1] = plane
             continue
-        counts = registry.run("byte_histogram", plane, flat.numel()).cpu().numpy()
+        counts = registry.run("byte_histogram", plane, flat.numel()).cpu()
         if p and counts[0] == flat.numel():
             continue
-        freq = frequencies(counts)
-        if p and cost_bits(counts, freq) > WORTH_CODING * flat.numel():
+        table = frequencies(counts)
+        if p and cost_bits(counts.numpy(), table.numpy()) > WORTH_CODING * flat.numel():
             parts[Section.BYTES0 + p - 1] = plane
             continue
-        table = torch.from_numpy(freq).to(flat.device)
+        table = table.to(flat.device)
         offsets, data = registry.run("r8_encode", plane, table, flat.numel())
         first = Section.FIELD_FREQUENCIES + 3 * p
         parts |= {first: table, first + 1: offsets.view(torch.uint8), first + 2: data}
@@ -205,8 +204,7 @@ def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
 def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room]:
     """On a CPU, where the field alone is coded: its code tells all sizes, then the rest is split into the blob itself."""
     field = field_of(flat)
-    freq = frequencies(registry.run("byte_histogram", field, flat.numel()).numpy())
-    table = torch.from_numpy(freq)
+    table = frequencies(registry.run("byte_histogram", field, flat.numel()))
     offsets, payloads = r8_payloads(field, table, flat.numel())
     within = header.room(dimensions, r8_sizes(flat, payloads.bytes()), flat.device)
     r8_planes_within(flat, within.parts)

@@ -91,7 +91,7 @@ def p7_sizes(x: Tensor, counts: np.ndarray, table: Tensor) -> dict[int, int]:
     """The bytes of every section of P7 (BLOCK_CRC too) of the 1-D `x`, from the counts of its pairs and their table."""
     number, numel = NUMBERS[x.dtype], x.numel()
     entries = table.numpy()[:ESCAPE_CODE] + (table.numpy()[128 : 128 + ESCAPE_CODE].astype(np.int64) << 8)
-    escapes = int(counts.sum() - counts[np.unique(entries)].sum())
+    escapes = -(-numel // 2) - int(counts[np.unique(entries)].sum())
     kinds = [Section.TABLE, Section.CODES, Section.ESCAPE_OFFSETS, Section.BLOCK_CRC]
     kinds += [Section(Section.BYTES0 + p) for p in range(SPLITS[number].byte_planes)]
     kinds += [Section.BITS] if SPLITS[number].bit_planes else []

@@ -1,4 +1,5 @@
-"""`r8_encode` of the `cpp` backend (csrc/cpu/r8_encode.cpp); its decoder is part of `lossless_decode`."""
+"""`r8_encode` of the `cpp` backend and its table (csrc/cpu/r8_encode.cpp, r8_frequencies.cpp); its decoder is part of
+`lossless_decode`."""
 
 from __future__ import annotations
 
@@ -7,10 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend_cpp
+from .. import backend_cpp, registry
 from ..compiled import _C, pointer
 from ..registry import kernel
+from . import contract
 from .contract import SLOTS, blocks_of
+
+_LOG2 = torch.tensor(contract.LOG2, dtype=torch.int32, device="cpu")
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    """R8's FREQUENCIES (uint8 [256]) from the counts of bytes (int64 [256]): `contract.frequencies`, on the CPU."""
+    counts = counts.cpu().contiguous()
+    freq = torch.empty(SLOTS, dtype=torch.uint8, device="cpu")
+    if _C is not None and registry.forced() != "reference":
+        if _C.r8_frequencies_cpu(counts=pointer(counts), log2=pointer(_LOG2), frequencies=pointer(freq)):
+            return freq
+    return torch.from_numpy(contract.frequencies(counts.numpy()))
 
 
 def why_not_encode(plane: Tensor, frequencies: Tensor, numel: int) -> str | None:
