@@ -89,6 +89,8 @@ void add_escapes(const Compressed &w, const LinearEngine &engine, const LaidRows
   engine.add_pairs(x, pairs, count, sums);
 }
 
+constexpr int kFewThreads = 4; // laying x out takes less time than to wait for a thread that others keep waiting
+
 bool finite(const uint16_t *x, int64_t count) {
   int16_t largest = 0; // of the numbers without their signs, whose order is that of these bits
   for (int64_t i = 0; i < count; ++i) largest = std::max(largest, int16_t(x[i] & 0x7fff));
@@ -113,17 +115,21 @@ bool lossless_linear_cpu(const LosslessLinear &args, int isa) {
   const int threads = w.numel * args.n <= kFewNumbers ? 1 : int(std::min<int64_t>(omp_get_max_threads(), tasks));
   const int64_t room_bytes = whole_lines(engine.room(w.columns));
   const ThreadRoom room(threads, room_bytes + stride * at_once * int64_t(sizeof(float)));
+  const bool lay_together = threads > kFewThreads;
+  if (!lay_together) engine.lay(x, 0, w.columns);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     uint8_t *own = room.of(omp_get_thread_num());
     float *sums = reinterpret_cast<float *>(own + room_bytes);
     engine.begin();
+    if (lay_together) {
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < threads; ++part) { // of the columns of x
-      const int64_t first = groups * part / threads, end = groups * (part + 1) / threads;
-      engine.lay(x, first * kLosslessGroup, (end - first) * kLosslessGroup);
+      for (int64_t part = 0; part < threads; ++part) { // of the columns of x
+        const int64_t first = groups * part / threads, end = groups * (part + 1) / threads;
+        engine.lay(x, first * kLosslessGroup, (end - first) * kLosslessGroup);
+      }
     }
-#pragma omp for schedule(dynamic) // neighbours of a core make it slower than another one
+#pragma omp for schedule(dynamic) nowait // neighbours of a core make it slower than another one
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t first = task * at_once, count = std::min(at_once, w.rows - first);
       const CodedRows rows = {w.table,
