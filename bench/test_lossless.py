@@ -7,7 +7,7 @@ import pytest
 from common import TINY, Group
 
 TENSOR = (64, 256) if TINY else (8192, 4096)
-PRODUCTS = [(2, 32, 128)] if TINY else [(1, 4096, 4096), (1, 14336, 4096), (8, 14336, 4096)]
+PRODUCTS = [(2, 32, 128)] if TINY else [(1, 4096, 4096), *((m, 14336, 4096) for m in (1, 8, 64))]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
