@@ -124,9 +124,9 @@ void decode_all(LosslessBlocks &blocks, Range range, uint8_t *out, bool checked,
   const int64_t item = blocks.item, bytes = range.count * item;
   const Destination to_out{blocks, range, out, bytes > (at_once ? kPastCacheAtOnce : kPastCache)};
   const bool staged = to_out.tiles || to_out.stream || !out;
-  const bool lines = to_out.stream && reinterpret_cast<uintptr_t>(to_out.of(0, 0)) % 64 == 0; // are whole
+  const bool aligned = out && reinterpret_cast<uintptr_t>(to_out.of(0, 0)) % 64 == 0; // its lines are whole
   const int threads = threads_for(blocks, range.count);
-  const int64_t size = piece_size(blocks, lines, checked);
+  const int64_t size = piece_size(blocks, aligned && to_out.stream, checked);
   const int64_t stride = RansBf16::kPiece * item + 64; // of blocks at once: not all in the same set of the cache
   blocks.ahead = to_out.stream || bytes > kFarAway;
   if (bytes > kPastCache && out) ask_for_huge_pages(out, size_t(bytes));
@@ -134,15 +134,15 @@ void decode_all(LosslessBlocks &blocks, Range range, uint8_t *out, bool checked,
   const ThreadRoom rooms(threads, std::max(staged ? size * item : 0, at_once ? kRansBlocks * stride : 0));
 
   const auto eight_at_once = [&](int64_t first, int thread) {
-    const BlockLines room = {rooms.of(thread), stride}, none;
     RansBf16 eight(c, blocks.tables[0], first);
     for (int64_t from = 0, to; from < kLosslessBlock; from = to) {
       to = from + RansBf16::kPiece;
-      const BlockLines past = lines ? BlockLines{to_out.of(first, from), kLosslessBlock * item} : none;
-      eight.next(checked || !lines ? room : none, past);
+      BlockLines cached = {rooms.of(thread), stride}, past;
+      if (aligned) (to_out.stream ? past : cached) = BlockLines{to_out.of(first, from), kLosslessBlock * item};
+      eight.next(past.out && !checked ? BlockLines{} : cached, past);
       for (int64_t at = 0; at < kRansBlocks; ++at) {
-        check(first + at, at, from, to, room.of(at), thread);
-        if (!lines) to_out.take(first + at, from, to, room.of(at));
+        check(first + at, at, from, to, cached.of(at), thread);
+        if (!aligned) to_out.take(first + at, from, to, cached.of(at));
       }
     }
   };
