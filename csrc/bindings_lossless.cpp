@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <string_view>
+
 #include "cpu/crc32c.h"
 #include "cpu/lossless_decode.h"
 
@@ -18,6 +21,12 @@ Compressed compressed_of(uintptr_t blob, const std::vector<int64_t> &plan) {
     throw std::invalid_argument("a plan has " + std::to_string(kPlanHead + 2 * kSections) + " integers, got " +
                                 std::to_string(plan.size()));
   return compressed_at(pointer<const uint8_t>(blob), plan.data());
+}
+
+int64_t crc32c_of(const uint8_t *data, int64_t bytes, int isa) {
+  int64_t crc = 0;
+  crc32c_cpu(data, bytes, std::max<int64_t>(bytes, 1), &crc, isa);
+  return crc;
 }
 
 } // namespace
@@ -58,4 +67,18 @@ void bind_lossless(py::module_ &m) {
         crc32c_cpu(pointer<uint8_t>(data), bytes, block, pointer<int64_t>(crcs), isa);
       },
       py::kw_only(), py::arg("data"), py::arg("bytes"), py::arg("block"), py::arg("crcs"), py::arg("isa"));
+  m.def(
+      "crc32c_of_cpu",
+      [](uintptr_t data, int64_t bytes, int isa) {
+        py::gil_scoped_release release;
+        return crc32c_of(pointer<uint8_t>(data), bytes, isa);
+      },
+      py::kw_only(), py::arg("data"), py::arg("bytes"), py::arg("isa"));
+  m.def(
+      "crc32c_of_bytes_cpu",
+      [](const py::bytes &data, int isa) {
+        const std::string_view bytes = data;
+        return crc32c_of(reinterpret_cast<const uint8_t *>(bytes.data()), int64_t(bytes.size()), isa);
+      },
+      py::arg("data"), py::kw_only(), py::arg("isa"));
 }

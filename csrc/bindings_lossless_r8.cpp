@@ -1,5 +1,5 @@
-// Python names of the loops of R8 and DFloat11: csrc/cpu/{r8_decode,r8_encode,dfloat11_decode}.h say what each field
-// is.
+// Python names of the loops of R8 and DFloat11: csrc/cpu/{r8_decode,r8_encode,r8_frequencies,dfloat11_decode}.h say
+// what each field is.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include "cpu/lossless_blocks.h"
 #include "cpu/r8_decode.h"
 #include "cpu/r8_encode.h"
+#include "cpu/r8_frequencies.h"
 
 namespace py = pybind11;
 using namespace fastloss;
@@ -55,6 +56,12 @@ void bind_lossless_r8(py::module_ &m) {
                                                             numel, pointer<int64_t>(offsets), isa));
       },
       py::kw_only(), py::arg("plane"), py::arg("frequencies"), py::arg("numel"), py::arg("offsets"), py::arg("isa"));
+  m.def( // some microseconds: the GIL stays
+      "r8_frequencies_cpu",
+      [](uintptr_t counts, uintptr_t log2, uintptr_t frequencies) {
+        return r8_frequencies_cpu(pointer<int64_t>(counts), pointer<int32_t>(log2), pointer<uint8_t>(frequencies));
+      },
+      py::kw_only(), py::arg("counts"), py::arg("log2"), py::arg("frequencies"));
   m.def(
       "dfloat11_decode_cpu",
       [](uintptr_t luts, int tables, uintptr_t codes, int64_t code_bytes, uintptr_t sign_mantissa, uintptr_t positions,

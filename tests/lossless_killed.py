@@ -19,8 +19,9 @@ import torch
 from fastloss.lossless import container, load_file, save_file
 from lossless_files import MIN_BYTES, same, tensors
 
+NOTHING_YET = ("while it is compressed", "while parts wait on the disk")  # without a name
 MOMENTS = (
-    "while it is compressed", "before the first byte", "between two tensors", "before the disk has it", "before its name"
+    *NOTHING_YET, "before the first byte", "between two tensors", "before the disk has it", "before its name"
 )  # fmt: skip
 OLD = {"a": torch.arange(3)}
 
@@ -29,6 +30,12 @@ def _save_until(moment: str, path: Path, stop: Callable[..., Any]) -> None:
     """Save to `path`, and call `stop` at `moment`."""
     if moment == "while it is compressed":
         save_file(tensors(1), path, tier="fused", min_bytes=MIN_BYTES, progress=stop)
+    elif moment == "while parts wait on the disk":
+        done: list[str] = []
+        save_file(
+            tensors(1), path, tier="fused", min_bytes=MIN_BYTES, low_memory=True,
+            progress=lambda name, count: stop() if len(done) == 5 else done.append(name),
+        )  # fmt: skip
     elif moment == "before the first byte":
         container.write = stop
     elif moment == "between two tensors":

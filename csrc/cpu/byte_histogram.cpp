@@ -1,8 +1,9 @@
 // Counting a byte in a table takes a load and a store, one a cycle at best. Exponents of weights have a dozen values
-// that matter: those are counted 64 bytes at a time by comparing with each, and only the others in tables.
+// that matter: those are counted 64 bytes at a time (byte_counts_avx512.h), and only the others in tables.
 #include "byte_histogram.h"
+#include "byte_counts_avx512.h"
 #include "encoder_blocks.h"
-#include "simd.h"
+#include "lossless_split.h"
 
 #include <algorithm>
 #include <vector>
@@ -32,81 +33,98 @@ struct Counts {
   }
 };
 
+// The counts of one thread.
+class Histogram {
+public:
+  explicit Histogram(int isa) : level_(level_for(isa)) {}
+
+  // Up to kLosslessBlock bytes, piece by piece as of(at, count) makes them.
+  template <class Pieces> void add_block(int64_t count, const Pieces &of) {
+    int64_t at = 0;
 #ifdef __x86_64__
-constexpr int kFrequent = 16;     // symbols that are counted by comparing
-constexpr int64_t kVectors = 255; // whose counts fit bytes
-constexpr int64_t kRare = 64;     // one byte in so many may be another, or tables are faster
-
-#define FASTLOSS_BYTES __attribute__((target("avx512f,avx512bw")))
-
-// The most frequent symbols of `sum`, or none where too many bytes would be others.
-bool frequent(const int64_t *sum, uint8_t *symbols) {
-  int order[256];
-  for (int s = 0; s < 256; ++s) order[s] = s;
-  std::partial_sort(order, order + kFrequent, order + 256, [&](int a, int b) { return sum[a] > sum[b]; });
-  int64_t all = 0, known = 0;
-  for (int s = 0; s < 256; ++s) all += sum[s];
-  for (int k = 0; k < kFrequent; ++k) symbols[k] = uint8_t(order[k]), known += sum[order[k]];
-  return (all - known) * kRare <= all;
-}
-
-// Up to kVectors whole vectors.
-FASTLOSS_BYTES void add_vectors(const uint8_t *bytes, int64_t vectors, const uint8_t *symbols, int64_t *sum,
-                                Counts &others) {
-  __m512i symbol[kFrequent], count[kFrequent];
-  const __m512i one = _mm512_set1_epi8(1);
-  for (int k = 0; k < kFrequent; ++k) {
-    symbol[k] = _mm512_set1_epi8(char(symbols[k]));
-    count[k] = _mm512_setzero_si512();
-  }
-  for (int64_t v = 0; v < vectors; ++v) {
-    const __m512i x = _mm512_loadu_si512(bytes + 64 * v);
-    __mmask64 known = 0;
-#pragma GCC unroll 16
-    for (int k = 0; k < kFrequent; ++k) {
-      const __mmask64 equal = _mm512_cmpeq_epi8_mask(x, symbol[k]);
-      count[k] = _mm512_mask_add_epi8(count[k], equal, count[k], one);
-      known |= equal;
-    }
-    for (uint64_t rest = ~uint64_t(known); rest; rest &= rest - 1)
-      ++others.tables[0][bytes[64 * v + __builtin_ctzll(rest)]];
-  }
-  for (int k = 0; k < kFrequent; ++k)
-    sum[symbols[k]] += _mm512_reduce_add_epi64(_mm512_sad_epu8(count[k], _mm512_setzero_si512()));
-}
+    if (frequent_.symbols())
+      for (; at + kPiece <= count; at += kPiece) frequent_.add(of(at, kPiece), tables_.tables[0]);
 #endif
+    for (int64_t some; at < count; at += some) {
+      some = std::min(count - at, kPiece);
+      tables_.add(of(at, some), some);
+    }
+    if (++blocks_ < next_) return;           // of more blocks the frequent bytes are better known
+    next_ += std::min<int64_t>(next_, 4096); // long before a count overflows
+    settle();
+#ifdef __x86_64__
+    if (level_ >= kAvx512 && has_byte_look_ups()) frequent_.choose(sums_);
+#endif
+  }
+
+  const int64_t *settle() {
+    tables_.move_to(sums_);
+#ifdef __x86_64__
+    frequent_.move_to(sums_);
+#endif
+    return sums_;
+  }
+
+private:
+  int level_;
+  int64_t blocks_ = 0, next_ = 1, sums_[256] = {};
+  Counts tables_;
+#ifdef __x86_64__
+  FrequentBytes frequent_;
+#endif
+};
+
+// add(histogram, block) of every block.
+template <class Add> void count_blocks(int64_t numel, int64_t *counts, int isa, const Add &add) {
+  std::fill(counts, counts + 256, 0);
+  each_run_of_blocks(numel, [&](int, int64_t first, int64_t last) {
+    Histogram histogram(isa);
+    for (int64_t b = first; b < last; ++b) add(histogram, b);
+    const int64_t *sums = histogram.settle();
+#pragma omp critical(fastloss_byte_histogram)
+    for (int s = 0; s < 256; ++s) counts[s] += sums[s];
+  });
+}
 
 } // namespace
 
 void byte_histogram_cpu(const uint8_t *plane, int64_t numel, int64_t *counts, int isa) {
-  const int level = level_for(isa);
-  std::vector<int64_t> sums(size_t(runs_of_blocks(numel)) * 256, 0);
-  each_run_of_blocks(numel, [&](int run, int64_t first, int64_t last) {
-    int64_t *sum = sums.data() + run * 256;
-    Counts tables;
-    bool vectors = false;
-#ifdef __x86_64__
-    uint8_t symbols[kFrequent];
-#endif
-    for (int64_t b = first; b < last; ++b) {
-      const uint8_t *bytes = plane + b * kLosslessBlock;
-      int64_t count = numbers_of_block(numel, b);
-#ifdef __x86_64__
-      if (vectors) {
-        for (int64_t some; (some = std::min(count / 64, kVectors)) > 0; bytes += 64 * some, count -= 64 * some)
-          add_vectors(bytes, some, symbols, sum, tables);
-      }
-#endif
-      tables.add(bytes, count);
-      if (b + 1 < last && (b - first) % 4096) continue; // long before a count overflows
-      tables.move_to(sum);
-#ifdef __x86_64__
-      vectors = level >= kAvx512 && frequent(sum, symbols);
-#endif
-    }
+  count_blocks(numel, counts, isa, [&](Histogram &histogram, int64_t block) {
+    histogram.add_block(numbers_of_block(numel, block),
+                        [&](int64_t at, int64_t) { return plane + block * kLosslessBlock + at; });
   });
-  for (int s = 0; s < 256; ++s) counts[s] = 0;
-  for (size_t i = 0; i < sums.size(); ++i) counts[i % 256] += sums[i];
+}
+
+void field_histogram_cpu(const void *x, int number, int64_t numel, int64_t *counts, int isa) {
+  const SplitGroups split = fields_for(number, isa);
+  const int64_t bytes = kSplits[number].bytes;
+  count_blocks(numel, counts, isa, [&](Histogram &histogram, int64_t block) {
+    const uint8_t *numbers = static_cast<const uint8_t *>(x) + block * kLosslessBlock * bytes;
+    alignas(64) uint8_t fields[kPiece];
+    histogram.add_block(numbers_of_block(numel, block), [&](int64_t at, int64_t count) {
+      prefetch(numbers + at * bytes + kAhead, count * bytes);
+      split_block(split, number, numbers + at * bytes, count, {fields, {}, {}});
+      return fields;
+    });
+  });
+}
+
+void sample_planes_cpu(const void *x, int number, int64_t blocks, int64_t apart, int64_t *counts, int isa) {
+  const SplitGroups split = split_groups_for(number, isa);
+  const Split &parts_of = kSplits[number];
+  std::fill(counts, counts + parts_of.byte_planes * 256, 0);
+  each_run_of_blocks(blocks * kLosslessBlock, [&](int, int64_t first, int64_t last) {
+    Counts tables[kMostBytePlanes];
+    alignas(64) uint8_t field[kPiece], bytes[kMostBytePlanes][kPiece], bits[kMostBitPlanes][kPiece / 8];
+    const SplitParts parts = {field, {bytes[0], bytes[1], bytes[2]}, {bits[0], bits[1], bits[2], bits[3]}};
+    for (int64_t at = first * kLosslessBlock; at < last * kLosslessBlock; at += kPiece) {
+      const int64_t from = at / kLosslessBlock * apart * kLosslessBlock + at % kLosslessBlock;
+      split_block(split, number, static_cast<const uint8_t *>(x) + from * parts_of.bytes, kPiece, parts);
+      for (int p = 0; p < parts_of.byte_planes; ++p) tables[p].add(bytes[p], kPiece);
+    }
+#pragma omp critical(fastloss_byte_histogram)
+    for (int p = 0; p < parts_of.byte_planes; ++p) tables[p].move_to(counts + 256 * p);
+  });
 }
 
 } // namespace fastloss

@@ -128,7 +128,7 @@ __attribute__((target(FASTLOSS_CRC512), always_inline)) inline __m512i fold(__m5
 }
 
 __attribute__((target(FASTLOSS_CRC512))) uint32_t update_vpclmul(uint32_t crc, const uint8_t *data, int64_t bytes) {
-  constexpr int kVectors = 4;
+  constexpr int kVectors = 8;
   if (bytes < 128 * kVectors) return update_pclmul(crc, data, bytes);
   __m512i sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_loadu_si512(data + 64 * v);
@@ -161,6 +161,10 @@ Crc32c::Crc32c(int isa) : update_(update_scalar) {
   }
 #endif
   (void)level;
+}
+
+uint32_t Crc32c::joined(uint32_t first, uint32_t second, int64_t bytes) {
+  return product(first, power_of_x(8 * uint64_t(bytes))) ^ second;
 }
 
 void crc32c_cpu(const uint8_t *data, int64_t bytes, int64_t block, int64_t *crcs, int isa) {

@@ -10,6 +10,8 @@ public:
   explicit Crc32c(int isa);
   // `before`: the checksum of what lies before these bytes.
   uint32_t of(const uint8_t *data, int64_t bytes, uint32_t before = 0) const { return ~update_(~before, data, bytes); }
+  // Of what has the checksum `first` and behind it `bytes` bytes that have `second`.
+  static uint32_t joined(uint32_t first, uint32_t second, int64_t bytes);
 
 private:
   uint32_t (*update_)(uint32_t crc, const uint8_t *data, int64_t bytes);

@@ -1,7 +1,7 @@
 // docs/design.md, "The lossless contract": the split of numbers, a block a task.
 #include "lossless_split.h"
-#include "crc32c.h"
 #include "encoder_blocks.h"
+#include "lossless_split_avx512.h"
 #include "simd.h"
 
 #include <stdexcept>
@@ -40,17 +40,21 @@ static inline __attribute__((target("avx512f,avx512bw"), always_inline)) uint64_
 #include "each_isa.inc"
 #undef FASTLOSS_LOOPS
 
-SplitGroups split_groups_for(int number, int isa) {
+template <bool kFieldOnly> static SplitGroups groups_for(int number, int isa) {
   if (number < kBf16 || number > kE5m2)
     throw std::invalid_argument("a number to split must be of kind 0 to 4, got " + std::to_string(number));
   const int level = level_for(isa);
 #ifdef __x86_64__
-  if (level >= kAvx512) return avx512::split_groups(number);
-  if (level == kAvx2) return avx2::split_groups(number);
+  if (level >= kAvx512 && number == kBf16 && has_byte_look_ups()) return avx512vbmi::split_bf16<kFieldOnly>;
+  if (level >= kAvx512) return avx512::split_groups<kFieldOnly>(number);
+  if (level == kAvx2) return avx2::split_groups<kFieldOnly>(number);
 #endif
   (void)level;
-  return scalar::split_groups(number);
+  return scalar::split_groups<kFieldOnly>(number);
 }
+
+SplitGroups split_groups_for(int number, int isa) { return groups_for<false>(number, isa); }
+SplitGroups fields_for(int number, int isa) { return groups_for<true>(number, isa); }
 
 void split_block(SplitGroups split, int number, const uint8_t *numbers, int64_t count, SplitParts parts) {
   const int64_t whole = count / kLosslessGroup, rest = count % kLosslessGroup, bytes = kSplits[number].bytes;
@@ -76,21 +80,11 @@ SplitParts parts_of_block(const ByteSplit &args, int64_t block, uint8_t *field) 
 
 void byte_split_cpu(const ByteSplit &args, int isa) {
   const SplitGroups split = split_groups_for(args.number, isa);
-  const Split &parts_of = kSplits[args.number];
-  const Crc32c crc(isa);
   const uint8_t *x = static_cast<const uint8_t *>(args.x);
   each_run_of_blocks(args.numel, [&](int, int64_t first, int64_t last) {
-    alignas(64) uint8_t unkept[kLosslessBlock]; // a part that nobody wants is written here, and again
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t count = numbers_of_block(args.numel, b);
-      const uint8_t *numbers = x + b * kLosslessBlock * parts_of.bytes;
-      SplitParts parts = parts_of_block(args, b, args.field ? args.field + b * kLosslessBlock : unkept);
-      for (int p = 0; p < parts_of.byte_planes; ++p)
-        if (!args.bytes[p]) parts.bytes[p] = unkept;
-      for (int p = 0; p < parts_of.bit_planes && !args.bits; ++p) parts.bits[p] = unkept;
-      split_block(split, args.number, numbers, count, parts);
-      if (args.block_crc) args.block_crc[b] = crc.of(numbers, count * parts_of.bytes);
-    }
+    for (int64_t b = first; b < last; ++b)
+      split_block(split, args.number, x + b * kLosslessBlock * kSplits[args.number].bytes,
+                  numbers_of_block(args.numel, b), parts_of_block(args, b, args.field + b * kLosslessBlock));
   });
 }
 

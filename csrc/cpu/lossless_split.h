@@ -13,6 +13,8 @@ struct SplitParts {
 // Splits whole groups of numbers.
 using SplitGroups = void (*)(const uint8_t *numbers, int64_t groups, const SplitParts &parts);
 SplitGroups split_groups_for(int number, int isa);
+// The field alone; all other parts may be null.
+SplitGroups fields_for(int number, int isa);
 
 // Splits `count` numbers of a block, zeros behind them up to a whole group.
 void split_block(SplitGroups split, int number, const uint8_t *numbers, int64_t count, SplitParts parts);
@@ -23,13 +25,13 @@ struct ByteSplit {
   int64_t numel;
   uint8_t *field, *bytes[kMostBytePlanes]; // each [padded]
   uint8_t *bits;                           // section BITS
-  uint32_t *block_crc;                     // [blocks]
+  uint32_t *block_crc;                     // [blocks], section BLOCK_CRC; null: not wanted; for encoders alone
 };
 
 // The parts of block `block`, of `field` there.
 SplitParts parts_of_block(const ByteSplit &args, int64_t block, uint8_t *field);
 
-// Parts that are null are not kept. isa as in cpu.h.
+// isa as in cpu.h.
 void byte_split_cpu(const ByteSplit &args, int isa);
 
 } // namespace fastloss

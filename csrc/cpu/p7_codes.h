@@ -1,7 +1,7 @@
 // The code of each pair of fields, packed: 64 pairs of a group in 56 bytes. Plain code, and AVX-512 VBMI, whose byte
 // shuffles hold the whole table in registers.
 #pragma once
-#include "../lossless.h"
+#include "encoder_blocks.h"
 #include "simd_bytes.h"
 
 #include <cstring>
@@ -39,15 +39,17 @@ struct PairCodes {
 };
 
 // Writes the codes of whole groups of fields; bit k of escaped[g]: pair k of group g has none.
+// ahead: called once for each.
 using EncodeGroups = void (*)(const PairCodes &codes, const uint8_t *fields, int64_t groups, uint8_t *out,
-                              uint64_t *escaped);
+                              uint64_t *escaped, Ahead ahead);
 
 namespace scalar {
 inline void encode_groups(const PairCodes &codes, const uint8_t *fields, int64_t groups, uint8_t *out,
-                          uint64_t *escaped) {
+                          uint64_t *escaped, Ahead ahead) {
   constexpr uint64_t kLow = 0x3f * 0x0002040810204081, kTop = 0x40 * 0x0002040810204081; // of eight codes
   for (int64_t g = 0; g < groups; ++g) {
     escaped[g] = 0;
+    ahead.some();
     for (int k = 0; k < kPairs; k += 8, fields += 16, out += 7) {
       uint64_t eight = 0;
       for (int i = 0; i < 8; ++i) {
@@ -83,11 +85,12 @@ FASTLOSS_VBMI inline void store_packed(uint8_t *out, __m512i codes) {
 // PairCodes with ranks: 64 fields to ranks by 256 entries in four registers, 64 pairs of ranks to codes by 1024 in
 // sixteen.
 FASTLOSS_VBMI inline void encode_groups(const PairCodes &codes, const uint8_t *fields, int64_t groups, uint8_t *out,
-                                        uint64_t *escaped) {
+                                        uint64_t *escaped, Ahead ahead) {
   alignas(64) uint8_t first_of_pair[64], second_of_pair[64];
   for (int i = 0; i < 64; ++i) first_of_pair[i] = uint8_t(2 * i), second_of_pair[i] = uint8_t(2 * i + 1);
   const __m512i firsts = _mm512_load_si512(first_of_pair), seconds = _mm512_load_si512(second_of_pair);
   for (int64_t g = 0; g < groups; ++g, fields += kLosslessGroup, out += kCodeBytes) {
+    ahead.some();
     __m512i rank[2];
     for (int h = 0; h < 2; ++h) {
       const __m512i field = _mm512_loadu_si512(fields + 64 * h);

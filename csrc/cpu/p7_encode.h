@@ -1,6 +1,6 @@
 // Numbers to P7: docs/design.md, "The lossless contract".
 #pragma once
-#include "lossless_split.h"
+#include "block_planes.h"
 
 #include <vector>
 
@@ -33,7 +33,7 @@ struct P7Encode {
   const uint8_t *table; // [256], section TABLE
   uint8_t *codes;
   uint64_t *offsets; // [blocks + 1]
-  uint32_t *crc;     // [blocks], section BLOCK_CRC; null: not wanted
+  SectionSums *sums; // null: not wanted
 };
 
 // isa as in cpu.h.

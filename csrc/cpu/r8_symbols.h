@@ -32,13 +32,14 @@ inline RansSymbols symbols_of(const uint8_t *frequencies) {
 // One block as an encoder leaves it. It runs from the last number to the first, and so both lists are back to front:
 // the stream must be turned round, while a payload holds literals in this very order.
 struct RansBlock {
-  alignas(64) uint8_t room[64 + kLosslessBlock + 64]; // whole vectors are read before the stream, written behind it
-  uint8_t literals[kLosslessBlock];
+  static constexpr int kBefore = 64; // words that whole vectors may read before the stream; they may write 32 behind it
+  alignas(64) uint16_t room[kBefore + kLosslessBlock + 32]; // of each word the low byte counts
+  uint8_t literals[kLosslessBlock + 64];
   uint16_t states[kRansLanes];
   int64_t streamed, escaped;
 
-  uint8_t *stream() { return room + 64; }
-  const uint8_t *stream() const { return room + 64; }
+  uint16_t *stream() { return room + kBefore; }
+  const uint16_t *stream() const { return room + kBefore; }
 };
 
 } // namespace

@@ -3,35 +3,19 @@
 // a ballot, and so do those whose symbol is an escape. Eight steps are 256 bytes of shared memory, from which each lane
 // takes eight numbers and puts the raw planes beside them: one store of 16 bytes. The planes of a number that are coded
 // are decoded side by side, and no plane is ever written to memory.
-#include "lossless_numbers.cuh"
+#include "r8_slots.cuh"
 
 namespace fastloss {
 namespace {
 
-constexpr int kWarps = 4, kThreads = kWarps * 32, kSlots = 256, kSteps = 8, kBatch = kSteps * kRansLanes;
-constexpr int kStateBytes = 2 * kRansLanes;
-constexpr unsigned kEscape = 1u << 31; // a slot: symbol, slot - start << 8, frequency << 16, perhaps kEscape
+constexpr int kWarps = 4, kThreads = kWarps * 32, kSteps = 8, kBatch = kSteps * kRansLanes;
 
-// The 256 slots of a plane, by a warp. Frequencies whose sum is beyond 256 are cut off there.
+// The 256 slots of a plane, by a warp: symbol, slot - start << 8, frequency << 16, perhaps kEscape. Frequencies whose
+// sum is beyond 256 are cut off there.
 __device__ inline void build_slots(unsigned *slots, const uint8_t *frequencies, int lane) {
-  const uint2 eight = __ldg(reinterpret_cast<const uint2 *>(frequencies) + lane);
-  const auto frequency = [&](int k) { return (k < 4 ? eight.x : eight.y) >> 8 * (k % 4) & 255; };
-  unsigned sum = 0;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) sum += frequency(k);
-  unsigned before = sum;
-  for (unsigned step = 1; step < 32; step *= 2) {
-    const unsigned lower = __shfl_up_sync(kWholeWarp, before, step);
-    if (lane >= int(step)) before += lower;
-  }
-  const unsigned total = __shfl_sync(kWholeWarp, before, 31);
-  unsigned slot = before - sum;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const unsigned f = frequency(k);
-    for (unsigned i = 0; i < f && slot + i < kSlots; ++i) slots[slot + i] = unsigned(8 * lane + k) | i << 8 | f << 16;
-    slot += f;
-  }
+  const unsigned total = deal_slots(frequencies, lane, [&](unsigned symbol, unsigned f, unsigned first, unsigned) {
+    for (unsigned i = 0; i < f && first + i < kSlots; ++i) slots[first + i] = symbol | i << 8 | f << 16;
+  });
   for (unsigned i = total + lane; i < kSlots; i += 32) slots[i] = kEscape | (i - total) << 8 | (kSlots - total) << 16;
 }
 

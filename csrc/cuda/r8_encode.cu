@@ -3,12 +3,12 @@
 // escapes forwards from the start of theirs. When the lengths have been summed, a second pass moves both to their
 // place.
 #include "lossless_split.cuh"
+#include "r8_slots.cuh"
 
 namespace fastloss {
 namespace {
 
-constexpr int kThreads = 256, kWarps = 4, kSlots = 256;
-constexpr int kStateBytes = 2 * kRansLanes;
+constexpr int kThreads = 256, kWarps = 4;
 
 template <int NUMBER>
 __global__ void __launch_bounds__(kThreads)
@@ -44,33 +44,14 @@ __global__ void __launch_bounds__(kThreads)
   if (sum) atomicAdd(counts + threadIdx.x, 1ull * sum);
 }
 
-// Start | frequency << 16 of the 256 bytes and of the escape; a byte without slots has those of the escape, and
-// kEscape.
-constexpr unsigned kEscape = 1u << 31;
-
 __global__ void __launch_bounds__(kWarps * 32) encode_kernel(const __grid_constant__ CudaR8Encode p) {
   SHARED_ARRAY(unsigned, table, [kSlots]);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (warp == 0) {
-    const uint2 eight = __ldg(reinterpret_cast<const uint2 *>(p.frequencies) + lane);
-    const auto frequency = [&](int k) { return (k < 4 ? eight.x : eight.y) >> 8 * (k % 4) & 255; };
-    unsigned sum = 0;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) sum += frequency(k);
-    unsigned before = sum;
-    for (unsigned step = 1; step < 32; step *= 2) {
-      const unsigned lower = __shfl_up_sync(kWholeWarp, before, step);
-      if (lane >= int(step)) before += lower;
-    }
-    const unsigned total = __shfl_sync(kWholeWarp, before, 31);
-    unsigned start = before - sum;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const unsigned f = frequency(k);
-      table[8 * lane + k] = f ? start | f << 16 : kEscape | total | (kSlots - min(total, 255u)) << 16;
-      start += f;
-    }
-  }
+  // Start | frequency << 16 of the 256 bytes; a byte without slots has those of the escape, and kEscape.
+  if (warp == 0)
+    deal_slots(p.frequencies, lane, [&](unsigned symbol, unsigned f, unsigned start, unsigned total) {
+      table[symbol] = f ? start | f << 16 : kEscape | total | (kSlots - min(total, 255u)) << 16;
+    });
   __syncthreads(); // table
   const int64_t block = int64_t(blockIdx.x) * kWarps + warp, begin = block * kLosslessBlock;
   if (begin >= p.numel) return;

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloss import backend_cpp
+from fastloss import backend_cpp, registry
 from fastloss.compiled import _C, MISSING
 from fastloss.lossless import checksum, crc32c_table
 from fastloss.lossless.cpp_decode import crc32c
@@ -48,6 +48,19 @@ def _crcs(size: int, block: int, data: Tensor) -> Tensor:
     if (size, block) not in _CRCS:
         _CRCS[size, block] = crc32c_table.of_blocks(data, min(block, max(size, 1)))
     return _CRCS[size, block]
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 63, 64, 65, 300, 1000])
+def test_one_checksum(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bytes and of a tensor, strided too, as by the table; which is what the reference uses."""
+    data = uniform_bits(2 * size, torch.float8_e5m2, seed=size).view(torch.uint8)
+    for part in (data[:size], data[::2]):
+        content = bytes(part.tolist())
+        assert checksum.of_bytes(content) == checksum.of(part) == crc32c_table.of_bytes(content)
+    monkeypatch.setattr(crc32c_table, "of_bytes", lambda data: -1)
+    assert checksum.of_bytes(content) != -1
+    with registry.use_backend("reference"):
+        assert checksum.of_bytes(content) == -1
 
 
 def test_crc32c_of_many_pieces(threads: None, isa: int) -> None:

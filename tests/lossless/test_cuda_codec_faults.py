@@ -63,7 +63,7 @@ class Fault(NamedTuple):
 
 
 P7, PAIRS, ROWS, R8, CRC = "p7_decode.cu", "p7_pairs.cuh", "p7_rows.cu", "r8_decode.cu", "crc32c.cu"
-P7_ENCODE, R8_ENCODE, NUMBERS = "p7_encode.cu", "r8_encode.cu", "lossless_numbers.cuh"
+P7_ENCODE, R8_ENCODE, NUMBERS, SLOTS = "p7_encode.cu", "r8_encode.cu", "lossless_numbers.cuh", "r8_slots.cuh"
 #: An offset as it is stored, and clamped.
 OFFSET = "int64_t(__ldg(reinterpret_cast<const long long *>({}) + at))"
 FAULTS = [
@@ -87,6 +87,7 @@ FAULTS = [
         "a payload beyond its data", R8, f"min(plane.data_bytes, {OFFSET.format('plane.offsets')})",
         OFFSET.format("plane.offsets"), ("asan",),
     ),
+    Fault("slots of lanes too far below", SLOTS, "lane >= int(step)", "lane > int(step)"),
     Fault("the wrong byte of a remainder", CRC, "remainder >> 16 & 255", "remainder >> 15 & 255"),
     Fault("bytes before a piece", CRC, "at + k >= start", "at + k >= start - 4"),
     Fault("a sum of too few lanes", CRC, "lane >> k & 1", "k < 4 && (lane >> k & 1)"),

@@ -149,6 +149,8 @@ def test_embedding_decodes_touched_rows_only(monkeypatch: pytest.MonkeyPatch) ->
         != "reference"
     ):
         layer(torch.tensor([1, 2]))
+    known = layer.compressed_weight
+    assert (known.shape, known.dtype, known.device) == ((300, 40), torch.float32, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="whole table"):
         layer.weight  # noqa: B018
 

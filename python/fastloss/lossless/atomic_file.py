@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +28,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     The bytes are on the disk before the name points at them; until then they are under `file.name`. What killed writers of
     the same name left behind is removed. Of a symbolic link it is the file that is replaced. OSErrors name the file.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such folder", os.fspath(Path(path).parent))
+    target = _target(path)
     _remove_stale(target)
     file = _create(target)
     try:
-        with file:
+        with _named(path), file:
             yield file
             file.flush()
             if hasattr(os, "fchmod") and target.exists():
@@ -45,13 +42,42 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.replace(file.name, target)
         if fcntl is None:  # open files get no new name there
             os.replace(file.name, target)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(file.name)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk
-            error.filename = os.fspath(path)
         raise
     _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def beside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write and read in the folder of `path`, gone when the block ends, or with the process, however that ends.
+
+    Where the system can do so it has no name at all. OSErrors name `path`.
+    """
+    target = _target(path)
+    with _named(path), tempfile.TemporaryFile(dir=target.parent, prefix=_beginning(target), suffix=SUFFIX) as file:
+        yield file
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file that `path` leads to, in a folder that exists."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", os.fspath(Path(path).parent))
+    return target
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # a full disk
+            error.filename = os.fspath(path)
+        raise
 
 
 def is_temporary(name: str) -> bool:

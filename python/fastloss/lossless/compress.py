@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,19 +14,22 @@ from .compressed_tensor import CompressedTensor
 from .contract import (
     BLOCK,
     DTYPES,
+    LANES,
     NUMBERS,
     P7_NUMBERS,
+    SLACK,
     Codec,
     Layout,
     Section,
+    blocks_of,
     cost_bits,
     entropy_bits,
-    frequencies,
     has_tiles,
+    padded,
     pair_table,
 )
-from .cpp_encode import field_of, p7_encode_within, p7_sizes, r8_planes_within, r8_sizes
-from .cpp_r8 import r8_payloads
+from .cpp_encode import field_counts, p7_encode_within, p7_sizes, r8_encode_within, r8_sizes, sample_plane_counts
+from .cpp_r8 import frequencies
 from .tiles import to_tiles
 
 CODECS = {"raw": Codec.RAW, "p7": Codec.P7, "r8": Codec.R8}
@@ -35,6 +39,9 @@ LAYOUTS = {"rows": Layout.ROWS, "tiles": Layout.TILES}
 WORTH_CODING = 7.6
 #: Numbers up to which all of them are looked at to see whether a plane is noise; of more a sample.
 _SAMPLED = 64 * BLOCK
+_APART = 16
+#: Bytes of a block's states, and behind its payload what whole vectors write.
+_BLOCK_SPARE = 2 * LANES + SLACK
 
 
 def compress(
@@ -146,7 +153,7 @@ def _integers(flat: Tensor) -> Tensor:
 
 def _crc(flat: Tensor) -> Tensor:
     crc = checksum.of_blocks(flat.view(torch.uint8), BLOCK * flat.element_size())
-    return torch.where(crc >= 1 << 31, crc - (1 << 32), crc).to(torch.int32).view(torch.uint8)
+    return crc.view(torch.uint8).view(-1, 8)[:, :4].reshape(-1)  # the low halves
 
 
 def _raw(flat: Tensor, shape: Sequence[int]) -> CompressedTensor:
@@ -162,7 +169,8 @@ def _p7(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
     table = torch.from_numpy(pair_table(counts)).to(flat.device)
     if registry.choose("p7_encode", flat, table) == "cpp":
         within = header.room(dimensions, p7_sizes(flat, counts, table), flat.device)
-        return p7_encode_within(flat, table, within.parts), within
+        made, crc = p7_encode_within(flat, table, within.parts)
+        return made, within._replace(crc=crc)
     codes, planes, bits, offsets, positions, values = registry.run("p7_encode", flat, table)
     parts: dict[int, Tensor] = {
         Section.TABLE: table,
@@ -188,14 +196,14 @@ def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
         if p and _is_noise(plane, flat.numel()):
             parts[Section.BYTES0 + p - 1] = plane
             continue
-        counts = registry.run("byte_histogram", plane, flat.numel()).cpu().numpy()
+        counts = registry.run("byte_histogram", plane, flat.numel()).cpu()
         if p and counts[0] == flat.numel():
             continue
-        freq = frequencies(counts)
-        if p and cost_bits(counts, freq) > WORTH_CODING * flat.numel():
+        table = frequencies(counts)
+        if p and cost_bits(counts.numpy(), table.numpy()) > WORTH_CODING * flat.numel():
             parts[Section.BYTES0 + p - 1] = plane
             continue
-        table = torch.from_numpy(freq).to(flat.device)
+        table = table.to(flat.device)
         offsets, data = registry.run("r8_encode", plane, table, flat.numel())
         first = Section.FIELD_FREQUENCIES + 3 * p
         parts |= {first: table, first + 1: offsets.view(torch.uint8), first + 2: data}
@@ -203,32 +211,49 @@ def _r8(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room |
 
 
 def _r8_within(flat: Tensor, dimensions: int) -> tuple[dict[int, Tensor], header.Room]:
-    """On a CPU, where the field alone is coded: its code tells all sizes, then the rest is split into the blob itself."""
-    field = field_of(flat)
-    freq = frequencies(registry.run("byte_histogram", field, flat.numel()).numpy())
-    table = torch.from_numpy(freq)
-    offsets, payloads = r8_payloads(field, table, flat.numel())
-    within = header.room(dimensions, r8_sizes(flat, payloads.bytes()), flat.device)
-    r8_planes_within(flat, within.parts)
-    payloads.copy_to(within.parts[Section.FIELD_DATA].data_ptr())
-    return {**within.parts, Section.FIELD_FREQUENCIES: table, Section.FIELD_OFFSETS: offsets.view(torch.uint8)}, within
+    """On a CPU, where the field alone is coded: the numbers are read twice, for counts and to be written to the blob."""
+    counts = field_counts(flat)
+    table = frequencies(counts)
+    block_crc = torch.empty(blocks_of(flat.numel()), dtype=torch.int32, device="cpu")
+    for most in (
+        _likely_bytes(counts.numpy(), table.numpy()),
+        2 * padded(flat.numel()) + _BLOCK_SPARE * blocks_of(flat.numel()),
+    ):
+        within = header.room(dimensions, r8_sizes(flat, most), flat.device)
+        if made := r8_encode_within(flat, table, within.parts, block_crc):
+            break
+    else:
+        raise RuntimeError("R8 takes two bytes a number at most")
+    written, crc = made
+    within = header.room(dimensions, r8_sizes(flat, written), flat.device, within.memory, crc)
+    return {**within.parts, Section.BLOCK_CRC: block_crc.view(torch.uint8)}, within
+
+
+def _likely_bytes(counts: np.ndarray, freq: np.ndarray) -> int:
+    """A few more bytes than R8 takes: 1/256 for what its integers round, and half a byte a state."""
+    coded = cost_bits(counts, freq) / 8
+    return int(coded * (1 + 1 / 256)) + (_BLOCK_SPARE + LANES) * blocks_of(int(counts.sum())) + BLOCK
 
 
 def _sample(x: Tensor) -> Tensor:
-    """One block in sixteen of more than _SAMPLED numbers."""
+    """One block in _APART of more than _SAMPLED numbers."""
     if x.numel() <= _SAMPLED:
         return x
-    return x[: x.numel() // (16 * BLOCK) * 16 * BLOCK].reshape(-1, 16, BLOCK)[:, 0].reshape(-1)
+    return x[: x.numel() // (_APART * BLOCK) * _APART * BLOCK].reshape(-1, _APART, BLOCK)[:, 0].reshape(-1)
 
 
 def _is_noise(plane: Tensor, numel: int) -> bool:
     """Whether the sample has an entropy that no code gets below: most mantissas."""
     sample = _sample(plane[:numel])
-    counts = registry.run("byte_histogram", sample, sample.numel()).cpu().numpy()
-    return entropy_bits(counts) > (WORTH_CODING + 1e-6) * sample.numel()
+    return _are_noise(registry.run("byte_histogram", sample, sample.numel()).cpu().numpy())
+
+
+def _are_noise(counts: np.ndarray) -> bool:
+    return entropy_bits(counts) > (WORTH_CODING + 1e-6) * int(counts.sum())
 
 
 def _rest_is_noise(flat: Tensor) -> bool:
-    """Whether `_is_noise` is true of every byte plane."""
-    sample = _sample(flat)
-    return all(_is_noise(plane, sample.numel()) for plane in registry.run("byte_split", sample)[0][1:])
+    """Whether `_is_noise` is true of every byte plane of more than _SAMPLED numbers."""
+    return all(
+        _are_noise(counts) for counts in sample_plane_counts(flat, flat.numel() // (_APART * BLOCK), _APART).numpy()
+    )

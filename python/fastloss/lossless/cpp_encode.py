@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -77,21 +77,31 @@ def p7_histogram(x: Tensor) -> Tensor:
 
 def _p7_encode(
     x: Tensor, table: Tensor, codes: Tensor, planes: list[Tensor], bits: Tensor | None, offsets: Tensor,
-    block_crc: Tensor | None = None,
+    block_crc: Tensor | None = None, sums: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Write these sections; what escaped, as an object with `count`, `any(plane)` and `write(positions, values)`."""
     return _C.p7_encode_cpu(  # type: ignore[union-attr]
         x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), table=pointer(table), codes=pointer(codes),
         planes=[pointer(p) for p in planes], bits=pointer(bits), offsets=pointer(offsets), block_crc=pointer(block_crc),
-        isa=backend_cpp.ISA,
+        sums=pointer(sums), isa=backend_cpp.ISA,
     )  # fmt: skip
+
+
+def _section_sums() -> Tensor:
+    """Room for SectionSums of csrc/cpu/block_planes.h."""
+    return torch.zeros(5, dtype=torch.int32, device="cpu")
+
+
+def _by_section(sums: Tensor, room: Mapping[int, Tensor], data: Section) -> dict[int, int]:
+    kinds = (Section.BYTES0, Section.BYTES1, Section.BYTES2, Section.BITS, data)
+    return {kind: crc & 0xFFFFFFFF for kind, crc in zip(kinds, sums.tolist(), strict=True) if kind in room}
 
 
 def p7_sizes(x: Tensor, counts: np.ndarray, table: Tensor) -> dict[int, int]:
     """The bytes of every section of P7 (BLOCK_CRC too) of the 1-D `x`, from the counts of its pairs and their table."""
     number, numel = NUMBERS[x.dtype], x.numel()
     entries = table.numpy()[:ESCAPE_CODE] + (table.numpy()[128 : 128 + ESCAPE_CODE].astype(np.int64) << 8)
-    escapes = int(counts.sum() - counts[np.unique(entries)].sum())
+    escapes = -(-numel // 2) - int(counts[np.unique(entries)].sum())
     kinds = [Section.TABLE, Section.CODES, Section.ESCAPE_OFFSETS, Section.BLOCK_CRC]
     kinds += [Section(Section.BYTES0 + p) for p in range(SPLITS[number].byte_planes)]
     kinds += [Section.BITS] if SPLITS[number].bit_planes else []
@@ -99,24 +109,28 @@ def p7_sizes(x: Tensor, counts: np.ndarray, table: Tensor) -> dict[int, int]:
     return sizes | {Section.ESCAPE_POSITIONS: 2 * escapes, Section.ESCAPE_VALUES: 2 * x.itemsize * escapes}
 
 
-def p7_encode_within(x: Tensor, table: Tensor, room: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def p7_encode_within(x: Tensor, table: Tensor, room: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, int]]:
     """Write the sections of P7 to their places of `p7_sizes` bytes; those places, without the planes that are all 0.
+
+    Beside them the crc32c of those sections that were summed up on the way.
 
     Raises RuntimeError where another thread has written to `x` since its pairs were counted.
     """
     parts = dict(room)
     planes = {kind: parts[kind] for kind in range(Section.BYTES0, Section.BYTES2 + 1) if kind in parts}
     parts[Section.TABLE].copy_(table)
+    sums = _section_sums()
     escapes = _p7_encode(
         x, table, parts[Section.CODES], list(planes.values()), parts.get(Section.BITS),
-        parts[Section.ESCAPE_OFFSETS], parts[Section.BLOCK_CRC],
+        parts[Section.ESCAPE_OFFSETS], parts[Section.BLOCK_CRC], sums,
     )  # fmt: skip
     positions = parts.get(Section.ESCAPE_POSITIONS)
     if escapes.count != (0 if positions is None else positions.numel() // 2):  # the places were counted beforehand
         raise RuntimeError("the tensor changed while it was being compressed")
     if escapes.count:
         escapes.write(positions=pointer(parts[Section.ESCAPE_POSITIONS]), values=pointer(parts[Section.ESCAPE_VALUES]))
-    return {kind: part for kind, part in parts.items() if kind not in planes or escapes.any(kind - Section.BYTES0)}
+    crc = _by_section(sums, room, Section.CODES)
+    return {kind: part for kind, part in parts.items() if kind not in planes or escapes.any(kind - Section.BYTES0)}, crc
 
 
 @kernel("p7_encode", "cpp", why_not_p7)
@@ -132,34 +146,35 @@ def p7_encode(x: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor], Tensor, T
     return codes, planes, bits, offsets, positions, values
 
 
-def _byte_split(
-    x: Tensor,
-    field: Tensor | None,
-    planes: Sequence[Tensor | None],
-    bits: Tensor | None,
-    block_crc: Tensor | None = None,
-) -> None:
-    """Write these parts of the numbers, and the checksums of their blocks; those that are None are left out."""
-    _C.byte_split_cpu(  # type: ignore[union-attr]
-        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), field=pointer(field),
-        planes=[pointer(p) for p in planes], bits=pointer(bits), block_crc=pointer(block_crc), isa=backend_cpp.ISA,
-    )  # fmt: skip
-
-
 @kernel("byte_split", "cpp", why_not_split)
 def byte_split(x: Tensor) -> tuple[list[Tensor], Tensor]:
     """([field, byte planes...], bit planes), x read once."""
     planes, bits = _planes(x)
     field = kept_memory.empty((padded(x.numel()),), torch.uint8)
-    _byte_split(x, field, planes, bits)
+    _C.byte_split_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), field=pointer(field),
+        planes=[pointer(p) for p in planes], bits=pointer(bits), isa=backend_cpp.ISA,
+    )  # fmt: skip
     return [field, *planes], bits
 
 
-def field_of(x: Tensor) -> Tensor:
-    """The field alone, padded."""
-    field = kept_memory.empty((padded(x.numel()),), torch.uint8)
-    _byte_split(x, field, [None] * SPLITS[NUMBERS[x.dtype]].byte_planes, None)
-    return field
+def field_counts(x: Tensor) -> Tensor:
+    """How often each field occurs (int64 [256])."""
+    counts = torch.empty(SLOTS, dtype=torch.int64, device="cpu")
+    _C.field_histogram_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), counts=pointer(counts), isa=backend_cpp.ISA
+    )
+    return counts
+
+
+def sample_plane_counts(x: Tensor, blocks: int, apart: int) -> Tensor:
+    """How often each byte occurs (int64 [byte planes, 256]) in `blocks` whole blocks, every `apart`-th of the 1-D `x`."""
+    counts = torch.empty((SPLITS[NUMBERS[x.dtype]].byte_planes, SLOTS), dtype=torch.int64, device="cpu")
+    _C.sample_planes_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), blocks=blocks, apart=apart, counts=pointer(counts),
+        isa=backend_cpp.ISA,
+    )  # fmt: skip
+    return counts
 
 
 def r8_sizes(x: Tensor, data: int) -> dict[int, int]:
@@ -171,10 +186,24 @@ def r8_sizes(x: Tensor, data: int) -> dict[int, int]:
     return sizes | {Section.FIELD_DATA: data}
 
 
-def r8_planes_within(x: Tensor, room: Mapping[int, Tensor]) -> None:
-    """Write byte planes, bit planes and checksums to their places."""
+def r8_encode_within(
+    x: Tensor, frequencies: Tensor, room: Mapping[int, Tensor], block_crc: Tensor
+) -> tuple[int, dict[int, int]] | None:
+    """Write all sections of R8 but BLOCK_CRC to their places, `x` read once. None where FIELD_DATA is too small.
+
+    Returns the bytes of FIELD_DATA, and the crc32c of those sections that were summed up on the way.
+    `block_crc` (int32 [blocks]) stays outside: behind FIELD_DATA nobody knows yet where it belongs.
+    """
     planes = [room[Section.BYTES0 + p] for p in range(SPLITS[NUMBERS[x.dtype]].byte_planes)]
-    _byte_split(x, None, planes, room.get(Section.BITS), room[Section.BLOCK_CRC])
+    data, sums = room[Section.FIELD_DATA], _section_sums()
+    room[Section.FIELD_FREQUENCIES].copy_(frequencies)
+    written = _C.r8_encode_numbers_cpu(  # type: ignore[union-attr]
+        x=pointer(x), number=int(NUMBERS[x.dtype]), numel=x.numel(), frequencies=pointer(frequencies),
+        planes=[pointer(p) for p in planes], bits=pointer(room.get(Section.BITS)),
+        offsets=pointer(room[Section.FIELD_OFFSETS]), data=pointer(data), room=data.numel(), block_crc=pointer(block_crc),
+        sums=pointer(sums), isa=backend_cpp.ISA,
+    )  # fmt: skip
+    return None if written < 0 else (written, _by_section(sums, room, Section.FIELD_DATA))
 
 
 @kernel("byte_histogram", "cpp", why_not_histogram)

@@ -1,16 +1,28 @@
-"""`r8_encode` of the `cpp` backend (csrc/cpu/r8_encode.cpp); its decoder is part of `lossless_decode`."""
+"""`r8_encode` of the `cpp` backend and its table (csrc/cpu/r8_encode.cpp, r8_frequencies.cpp); its decoder is part of
+`lossless_decode`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backend_cpp
+from .. import backend_cpp, registry
 from ..compiled import _C, pointer
 from ..registry import kernel
+from . import contract
 from .contract import SLOTS, blocks_of
+
+_LOG2 = torch.tensor(contract.LOG2, dtype=torch.int32, device="cpu")
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    """R8's FREQUENCIES (uint8 [256]) from the counts of bytes (int64 [256]): `contract.frequencies`, on the CPU."""
+    counts = counts.cpu().contiguous()
+    freq = torch.empty(SLOTS, dtype=torch.uint8, device="cpu")
+    if _C is not None and registry.forced() != "reference":
+        if _C.r8_frequencies_cpu(counts=pointer(counts), log2=pointer(_LOG2), frequencies=pointer(freq)):
+            return freq
+    return torch.from_numpy(contract.frequencies(counts.numpy()))
 
 
 def why_not_encode(plane: Tensor, frequencies: Tensor, numel: int) -> str | None:
@@ -27,21 +39,15 @@ def why_not_encode(plane: Tensor, frequencies: Tensor, numel: int) -> str | None
     return None
 
 
-def r8_payloads(plane: Tensor, frequencies: Tensor, numel: int) -> tuple[Tensor, Any]:
-    """(offsets int64 [blocks + 1], the payloads: an object with `bytes()` and `copy_to(address)`)."""
+@kernel("r8_encode", "cpp", why_not_encode)
+def r8_encode(plane: Tensor, frequencies: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """(offsets int64 [blocks + 1], data uint8) of the plane's first `numel` bytes."""
     plane, frequencies = plane.contiguous(), frequencies.cpu().contiguous()
     offsets = torch.empty(blocks_of(numel) + 1, dtype=torch.int64)
     payloads = _C.r8_encode_cpu(  # type: ignore[union-attr]
         plane=pointer(plane), frequencies=pointer(frequencies), numel=numel, offsets=pointer(offsets),
         isa=backend_cpp.ISA,
     )  # fmt: skip
-    return offsets, payloads
-
-
-@kernel("r8_encode", "cpp", why_not_encode)
-def r8_encode(plane: Tensor, frequencies: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """(offsets int64 [blocks + 1], data uint8) of the plane's first `numel` bytes."""
-    offsets, payloads = r8_payloads(plane, frequencies, numel)
     data = torch.empty(payloads.bytes(), dtype=torch.uint8)
     payloads.copy_to(pointer(data))
     return offsets, data

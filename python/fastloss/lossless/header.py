@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import kept_memory
 from . import checksum
-from .contract import DTYPES, SLACK, Codec, Layout, PlanError, Section, check_plan, number_of
+from .contract import DTYPES, PLAN_HEAD, SLACK, Codec, Layout, PlanError, Section, check_plan, number_of
 from .errors import CorruptError, FormatError
 
 MAGIC = b"FLZ1"
@@ -51,9 +51,10 @@ class Header(NamedTuple):
     def plan(self) -> list[int]:
         """The integers that kernels take."""
         plan = [int(self.codec), int(number_of(self.dtype)), int(self.layout), self.numel, *self.matrix]
-        for kind in range(len(Section)):  # as integers: to go through an enum takes 0.2 ms
-            offset, count, _ = self.sections.get(kind, (0, 0, 0))
-            plan += (offset, count)
+        plan += [0] * (2 * len(Section))
+        for kind, (offset, count, _) in self.sections.items():
+            plan[PLAN_HEAD + 2 * kind] = offset
+            plan[PLAN_HEAD + 2 * kind + 1] = count
         return plan
 
 
@@ -83,20 +84,28 @@ class Room(NamedTuple):
 
     blob: Tensor
     parts: Mapping[int, Tensor]
+    memory: Tensor  # where the blob begins; there may be more of it
+    crc: Mapping[int, int] = {}  # kind -> crc32c of the sections where that is known already
 
 
-def room(dimensions: int, sizes: Mapping[int, int], device: torch.device) -> Room:
-    """Room for sections of these bytes; of 0: none."""
+def room(
+    dimensions: int, sizes: Mapping[int, int], device: torch.device, memory: Tensor | None = None,
+    crc: Mapping[int, int] | None = None,
+) -> Room:  # fmt: skip
+    """Room for sections of these bytes; of 0: none. `memory`: of a larger room, whose sections become smaller."""
     kept = {kind: sizes[kind] for kind in sorted(sizes) if sizes[kind]}
     at, places = _aligned(_header_bytes(dimensions, len(kept))), {}
     for kind, size in kept.items():
         places[kind] = at
         at = _aligned(at + size)
-    if device.type == "cpu" and at >= _WORTH_KEEPING:
+    if memory is not None:  # the blob's own storage ends where it does
+        blob = torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=at + SLACK)
+    elif device.type == "cpu" and at >= _WORTH_KEEPING:
         blob = kept_memory.empty((at + SLACK,), torch.uint8)
     else:
         blob = torch.empty(at + SLACK, dtype=torch.uint8, device=device)
-    return Room(blob, {kind: blob[at : at + kept[kind]] for kind, at in places.items()})
+    parts = {kind: blob[at : at + kept[kind]] for kind, at in places.items()}
+    return Room(blob, parts, blob if memory is None else memory, crc or {})
 
 
 def build(
@@ -116,10 +125,11 @@ def build(
         if place.data_ptr() != parts[kind].data_ptr():
             place.copy_(parts[kind])
         offset = int(place.storage_offset())
-        blob[end:offset] = 0
-        end = offset + place.numel()
-        sections[kind] = (offset, place.numel(), checksum.of(place))
-    blob[end:] = 0
+        blob[end:offset].zero_()
+        end = offset + sizes[kind]
+        known = within.crc.get(kind)
+        sections[kind] = (offset, sizes[kind], checksum.of(place) if known is None else known)
+    blob[end:].zero_()
     header = Header(codec, layout, dtype, tuple(shape), sections, blob.numel())
     head = write(header)
     blob[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(blob.device)

@@ -31,6 +31,8 @@ class CompressedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight, decoded at every access (requires_grad False). What is written into it is lost: assign to it.
 
+        `.weight.shape` decodes as well: a tensor that put it off would have no memory to hand to NumPy, files or kernels.
+        `compressed_weight` has `shape`, `dtype` and `device` at no cost.
         As with torch's layers another weight may have another dtype, and unties the layer. The same bits change nothing.
         """
         return self.compressed.tensor.decompress(verify="off")
@@ -54,7 +56,7 @@ class CompressedLayer(nn.Module):
 
     @property
     def compressed_weight(self) -> CompressedTensor:
-        """The weight as `fastloss.functional.linear_cross_entropy` takes it."""
+        """The weight as `fastloss.functional.linear_cross_entropy` takes it; its shape, dtype and device without decoding."""
         return self.compressed.tensor
 
     @property

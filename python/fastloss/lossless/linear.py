@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import registry
 from ..autograd import forward_mode_active, functorch_active
 from ..ops import _library
 from . import crossover
 from .compressed_tensor import CompressedTensor
+from .contract import check_plan
 
 #: exact: decode, then torch's product. fused: `lossless_linear` where it has a kernel. auto: the faster of both.
 MODES = ("exact", "auto", "fused")
@@ -55,7 +57,9 @@ def product(
     x, bias = multiplied(x, dtype), None if bias is None else autocast(bias, dtype)
     if x.dim() < 1 or x.shape[-1] != plan[5]:
         raise ValueError(f"x must be [..., {plan[5]}], got {list(x.shape)}")
-    return _apply(_Product, x, bias, blob, plan, dtype, mode)
+    if torch.is_grad_enabled() or functorch_active() or forward_mode_active():
+        return _apply(_Product, x, bias, blob, plan, dtype, mode)
+    return _product(x, bias, blob, plan, dtype, mode)
 
 
 def multiplied(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,14 +84,16 @@ def autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- ops
 # They are ops so that a compiled graph does not share one decoded weight between forward and backward and keep it: only
-# inside them is W ever dense. They are no kernels: `lossless_decode` and `lossless_linear`, which they call, are.
+# inside them is W ever dense. They are no kernels: `lossless_decode` and `lossless_linear`, which they call, are. The former
+# is called past the dispatcher, which is where such a call came from, and which costs more than to decode a small layer.
 
 
 def decoded(blob: Tensor, plan: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
     """The dense matrix, in `like`'s dtype and on its device, to which the compressed bytes are copied first."""
     there = blob.to(like.device, non_blocking=True)
-    weight = torch.ops.fastloss.lossless_decode(there, plan, 0, plan[3], dtype).reshape(plan[4], plan[5])
-    return weight.to(like.dtype)
+    check_plan(there, plan, dtype)
+    weight: Tensor = registry.run("lossless_decode", there, plan, 0, plan[3], dtype)
+    return weight.reshape(plan[4], plan[5]).to(like.dtype)
 
 
 def _compressed_linear(
@@ -132,17 +138,15 @@ _define_product(
 # ---------------------------------------------------------------------------------------------- autograd
 
 
+# Each Function has a twin for torch.func and forward mode: its `setup_context` form costs as much as the rest of a small
+# layer's call, and torch.compile does not take its rules.
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor, bias: Tensor | None, blob: Tensor, plan: Sequence[int], dtype: torch.dtype, mode: str
-    ) -> Tensor:
-        return torch.ops.fastloss.compressed_linear(x, blob, plan, dtype, bias, mode)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, blob, ctx.plan, ctx.dtype, ctx.mode = inputs
-        ctx.save_for_backward(blob)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, blob: Tensor, *rest: Any) -> Tensor:
+        _keep(ctx, blob, *rest)
+        return _product(x, bias, blob, *rest)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,18 +160,29 @@ class _Transposed(torch.autograd.Function):
     """grad W: the gradient of the product, whose own gradient is the product again."""
 
     @staticmethod
-    def forward(grad: Tensor, blob: Tensor, plan: Sequence[int], dtype: torch.dtype, mode: str) -> Tensor:
-        return torch.ops.fastloss.compressed_linear_backward(grad, blob, plan, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, blob, ctx.plan, ctx.dtype, ctx.mode = inputs
-        ctx.save_for_backward(blob)
+    def forward(ctx: Any, grad: Tensor, blob: Tensor, *rest: Any) -> Tensor:
+        _keep(ctx, blob, *rest)
+        return _transposed(grad, blob, *rest)
 
     @staticmethod
     def backward(ctx: Any, again: Tensor) -> tuple[Tensor | None, ...]:
         (blob,) = ctx.saved_tensors
         return _apply(_Product, again, None, blob, ctx.plan, ctx.dtype, ctx.mode), None, None, None, None
+
+
+def _keep(ctx: Any, blob: Tensor, plan: Sequence[int], dtype: torch.dtype, mode: str) -> None:
+    ctx.plan, ctx.dtype, ctx.mode = plan, dtype, mode
+    ctx.save_for_backward(blob)
+
+
+def _product(
+    x: Tensor, bias: Tensor | None, blob: Tensor, plan: Sequence[int], dtype: torch.dtype, mode: str
+) -> Tensor:
+    return torch.ops.fastloss.compressed_linear(x, blob, plan, dtype, bias, mode)
+
+
+def _transposed(grad: Tensor, blob: Tensor, plan: Sequence[int], dtype: torch.dtype, mode: str) -> Tensor:
+    return torch.ops.fastloss.compressed_linear_backward(grad, blob, plan, dtype)
 
 
 def _front(x: Tensor, dim: int | None) -> Tensor:
@@ -181,11 +196,11 @@ def _not_batched(blob_dim: int | None) -> None:
 
 
 class _ProductTransforms(_Product):
-    """The twin for torch.func and forward mode, whose rules torch.compile does not take."""
+    forward = staticmethod(_product)  # type: ignore[assignment]  # which has no ctx
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Product.setup_context(ctx, inputs, output)
+        _keep(ctx, *inputs[2:])
         ctx.save_for_forward(inputs[2])
         ctx.shape = output.shape
 
@@ -212,9 +227,11 @@ class _ProductTransforms(_Product):
 
 
 class _TransposedTransforms(_Transposed):
+    forward = staticmethod(_transposed)  # type: ignore[assignment]
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Transposed.setup_context(ctx, inputs, output)
+        _keep(ctx, *inputs[1:])
         ctx.save_for_forward(inputs[1])
 
     @staticmethod

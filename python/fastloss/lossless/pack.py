@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,33 @@ def pack(
     source: Path, target: Path, tier: str = "storage", codec: str = "auto", dtype: torch.dtype | None = None,
     workers: int = 1, verify: bool = True, progress: Progress | None = None,
 ) -> None:  # fmt: skip
-    """`source`, any `.safetensors` file, compressed to `target`; `dtype` rounds its floating-point numbers first."""
+    """`source`, any `.safetensors` file, compressed to `target`; `dtype` rounds its floating-point numbers first.
+
+    One tensor is in memory at a time, or one of each worker.
+    """
     with safe_open(source) as file:
-        tensors = {name: cast(file.get_tensor(name), dtype) for name in file.keys()}
-        save_file(tensors, target, file.metadata(), tier, codec, workers=workers, verify=verify, progress=progress)
+        save_file(
+            _OneByOne(file, dtype), target, file.metadata(), tier, codec, workers=workers, verify=verify, progress=progress,
+            low_memory=True,
+        )  # fmt: skip
+
+
+class _OneByOne(Mapping[str, Tensor]):
+    """The tensors of a file, read whenever they are asked for."""
+
+    def __init__(self, file: safe_open, dtype: torch.dtype | None) -> None:
+        self._file, self._dtype, self._names = file, dtype, file.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._file.get_tensor(name)
+        self._file.forget(tensor.numel() * tensor.element_size())
+        return cast(tensor, self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def unpack(source: Path, target: Path, progress: Progress | None = None) -> None:
@@ -86,6 +109,7 @@ def unpack(source: Path, target: Path, progress: Progress | None = None) -> None
         def content() -> Iterator[Tensor]:
             for entry in stored:
                 yield file.get_tensor(entry.name)
+                file.forget(entry.nbytes)
                 if progress is not None:
                     progress(entry.name, entry.nbytes)
 
@@ -112,8 +136,10 @@ def compare(source: Path, packed: Path, dtype: torch.dtype | None = None, progre
                 container.raw_bytes(want), container.raw_bytes(got)
             ):
                 raise DifferError(f"tensor {name!r} of {packed} is not that of {source}")
+            for file in (a, b):
+                file.forget(got.numel() * got.element_size())
             if progress is not None:
-                progress(name, want.numel() * want.element_size())
+                progress(name, got.numel() * got.element_size())
 
 
 def is_done(source: Path, target: Path, codec: str | None, dtype: torch.dtype | None = None) -> bool:

@@ -21,6 +21,8 @@ from .save_file import blob_checksum
 from .tensor_slice import TensorSlice
 
 _FRAMEWORKS = ("pt", "torch", "pytorch")
+#: Bytes read after which `forget` opens the file anew.
+_FORGET = 64 << 20
 
 
 class safe_open:
@@ -56,6 +58,7 @@ class safe_open:
         self._device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         file = container.open_container(self._path)
         self._file: Any = file
+        self._identity, self._read = _identity(self._path), 0
         stored = _stored(file)
         self._names = frozenset(stored)
         self._entries = file_index.read(stored, file.metadata(), check=verify != "off")
@@ -77,6 +80,20 @@ class safe_open:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file = None
+
+    def forget(self, count: int) -> None:
+        """Say that `count` bytes of what was read are not needed any more, so that a long run does not gather memory.
+
+        Pages of a mapped file count as the process's own until it is closed: after each 64 MiB it is opened anew. Tensors that
+        live on keep their memory. Raises CorruptError where another file has taken this one's place.
+        """
+        self._read += count
+        if self._read < _FORGET:
+            return
+        self._open()
+        self._file, self._read = container.open_container(self._path), 0
+        if _identity(self._path) != self._identity:
+            raise CorruptError(f"{self._path} was replaced while it was read")
 
     def _open(self) -> Any:
         if self._file is None:
@@ -174,6 +191,12 @@ def _named(name: str) -> Iterator[None]:
         raise error.within(name) from None
     except FormatError as error:
         raise FormatError(f"tensor {name!r}: {error}") from None
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    """What changes when another file takes the place of this one."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def _stored(file: Any) -> dict[str, tuple[str, list[int]]]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import checksum, container
-from .atomic_file import replacing
+from .atomic_file import beside, replacing
 from .compress import CODECS, TIERS, compress
 from .compressed_tensor import CompressedTensor
 from .contract import BLOCK, DTYPES, NUMBERS, P7_NUMBERS, Codec, Section
 from .crc32c_combine import combined
 from .errors import CorruptError
 from .file_index import PLAIN, PREFIX, SUFFIX, Entry, metadata_of
+from .spill import Spill
 
 #: Tensors of fewer bytes stay as they are: their blobs would save little, and other tools can read them so.
 MIN_BYTES = 65536
@@ -34,6 +37,7 @@ def save_file(
     workers: int = 1,
     verify: bool = False,
     progress: Callable[[str, int], None] | None = None,
+    low_memory: bool = False,
 ) -> None:
     """Write tensors to a `.safetensors` file, compressed: `load_file` gives back every bit, any tool can list the file.
 
@@ -53,6 +57,9 @@ def save_file(
         workers: tensors that are compressed at the same time.
         verify: read everything back and compare it with the tensors before the file takes its name.
         progress: called with (name, bytes of the tensor) after each, and once more after each that was read back.
+        low_memory: hold one tensor (of each worker) at a time. `tensors` may then be a mapping that makes them when they are
+            asked for, once and once more to verify. What is compressed waits for the sizes of all others in an unnamed file
+            beside `filename`: the disk needs room for both. The file becomes the same; tied tensors take their time each.
 
     Raises:
         TypeError: what is no tensor, a dtype or layout in memory that cannot be stored, metadata that are not strings.
@@ -70,18 +77,58 @@ def save_file(
             raise TypeError(f"{what} must be a whole number, got {number!r}")
     user = dict(metadata or {})
     _check(tensors, user, tier, codec, workers)
-    content, entries = _collect(tensors, tier, codec, min_bytes, workers, progress)
-    stored = container.ordered(
-        container.Stored(entry.stored, part.dtype, tuple(part.shape))
-        for entry in entries.values()
-        if entry.same_as is None
-        for part in (content[entry.stored],)
-    )
-    with replacing(filename) as file:
-        container.write(file, stored, metadata_of(entries, stored, user), (content[s.name] for s in stored))
-        if verify:
-            file.flush()
-            _read_back(tensors, file.name, progress)
+    if low_memory:
+        first_of = {name: name for name in tensors}
+    else:
+        for name, tensor in tensors.items():
+            _check_tensor(name, tensor)
+        first_of = _first_of_tied(tensors)
+
+    with beside(filename) if low_memory else contextlib.nullcontext() as room:
+        keep = _keep if room is None else Spill(room).keep
+
+        def store(name: str) -> _Part:
+            tensor = tensors[name]
+            _check_tensor(name, tensor)
+            part, how, crc = _stored(tensor, tier, codec, min_bytes)
+            read = keep(container.raw_bytes(part))
+            if progress is not None:
+                progress(name, tensor.numel() * tensor.dtype.itemsize)
+            return _Part(tensor.dtype, tuple(tensor.shape), part.dtype, tuple(part.shape), how, crc, read)
+
+        content, entries = _index(first_of, _each(store, [n for n, first in first_of.items() if n == first], workers))
+        stored = container.ordered(
+            container.Stored(name, part.stored_dtype, part.stored_shape) for name, part in content.items()
+        )
+        with replacing(filename) as file:
+            container.write(file, stored, metadata_of(entries, stored, user), (content[s.name].read() for s in stored))
+            if verify:
+                file.flush()
+                _read_back(tensors, file.name, progress)
+
+
+class _Part(NamedTuple):
+    """What the container will hold of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stored_dtype: torch.dtype
+    stored_shape: tuple[int, ...]
+    codec: str
+    crc32c: int
+    read: Callable[[], Tensor]  # the stored bytes
+
+
+def _keep(part: Tensor) -> Callable[[], Tensor]:
+    """Keep a part in memory."""
+    return lambda: part
+
+
+def _each(store: Callable[[str], _Part], names: list[str], workers: int) -> dict[str, _Part]:
+    if workers == 1:
+        return {name: store(name) for name in names}
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(names, pool.map(store, names), strict=True))
 
 
 def _check(
@@ -98,62 +145,42 @@ def _check(
             raise TypeError(f"metadata must be strings, got {key!r}: {value!r}")
         if key.startswith(PREFIX):
             raise ValueError(f"metadata keys that begin with {PREFIX!r} are taken, got {key!r}")
-    for name, tensor in tensors.items():
+    for name in tensors:
         if not isinstance(name, str):
             raise TypeError(f"names must be strings, got {name!r}")
         if name == "__metadata__":
             raise ValueError("a tensor cannot have the name '__metadata__'")
-        if isinstance(tensor, CompressedTensor):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name!r} must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in DTYPES:
-            raise TypeError(f"{name!r} cannot be stored: {tensor.dtype}, layout {tensor.layout}, on {tensor.device}")
 
 
-def _collect(
-    tensors: Mapping[str, Tensor | CompressedTensor],
-    tier: str,
-    codec: str,
-    min_bytes: int,
-    workers: int,
-    progress: Callable[[str, int], None] | None,
-) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+def _check_tensor(name: str, tensor: Tensor | CompressedTensor) -> None:
+    if isinstance(tensor, CompressedTensor):
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name!r} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in DTYPES:
+        raise TypeError(f"{name!r} cannot be stored: {tensor.dtype}, layout {tensor.layout}, on {tensor.device}")
+
+
+def _index(first_of: Mapping[str, str], parts: dict[str, _Part]) -> tuple[dict[str, _Part], dict[str, Entry]]:
     """(what the container holds by its names there, the index)."""
-    first_of = _first_of_tied(tensors)
-    alone = [name for name, first in first_of.items() if name == first]
-
-    def store(name: str) -> tuple[Tensor, str, int]:
-        tensor = tensors[name]
-        done = _stored(tensor, tier, codec, min_bytes)
-        if progress is not None:
-            progress(name, tensor.numel() * tensor.dtype.itemsize)
-        return done
-
-    if workers == 1:
-        parts = dict(zip(alone, map(store, alone), strict=True))
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            parts = dict(zip(alone, pool.map(store, alone), strict=True))
-    content: dict[str, Tensor] = {}
+    content: dict[str, _Part] = {}
     entries: dict[str, Entry] = {}
     twins: dict[tuple[object, ...], list[str]] = {}
-    for name, tensor in tensors.items():
-        first = first_of[name]
+    for name, first in first_of.items():
         if first != name:
             first = entries[first].same_as or first
             entries[name] = entries[first]._replace(same_as=first)
             continue
-        part, how, crc = parts.pop(name)
-        candidates = twins.setdefault((tensor.dtype, tuple(tensor.shape), how, crc), [])
-        twin = next((c for c in candidates if _same(content[entries[c].stored], part)), None)
+        part = parts.pop(name)
+        candidates = twins.setdefault((part.dtype, part.shape, part.codec, part.crc32c), [])
+        twin = next((c for c in candidates if torch.equal(content[entries[c].stored].read(), part.read())), None)
         if twin is not None:
             entries[name] = entries[twin]._replace(same_as=twin)
             continue
         candidates.append(name)
-        stored = name if how == PLAIN else _free_name(name, tensors, content)
+        stored = name if part.codec == PLAIN else _free_name(name, first_of, content)
         content[stored] = part
-        entries[name] = Entry(stored, tensor.dtype, tuple(tensor.shape), how, crc)
+        entries[name] = Entry(stored, part.dtype, part.shape, part.codec, part.crc32c)
     return content, entries
 
 
@@ -162,16 +189,21 @@ def _read_back(
 ) -> None:
     from .safe_open import safe_open
 
+    def check(name: str, tensor: Tensor | CompressedTensor) -> int:
+        if isinstance(tensor, CompressedTensor):
+            want, got = tensor.blob, file.get_compressed(name).blob
+        else:
+            want, got = tensor, file.get_tensor(name)
+        if (want.dtype, want.shape) != (got.dtype, got.shape) or not _same(want, got):
+            raise CorruptError("what was read back is not what was written", name)
+        return tensor.numel() * tensor.dtype.itemsize
+
     with safe_open(path) as file:
-        for name, tensor in tensors.items():
-            if isinstance(tensor, CompressedTensor):
-                want, got = tensor.blob, file.get_compressed(name).blob
-            else:
-                want, got = tensor, file.get_tensor(name)
-            if (want.dtype, want.shape) != (got.dtype, got.shape) or not _same(want, got):
-                raise CorruptError("what was read back is not what was written", name)
+        for name in tensors:
+            count = check(name, tensors[name])  # a function, so that no tensor lives on while the next is made
+            file.forget(count)
             if progress is not None:
-                progress(name, tensor.numel() * tensor.dtype.itemsize)
+                progress(name, count)
 
 
 def _first_of_tied(tensors: Mapping[str, Tensor | CompressedTensor]) -> dict[str, str]:
