@@ -69,8 +69,10 @@ CodedPieces::CodedPieces(const LosslessBlocks &blocks, int64_t first_block, int6
 
 void CodedPieces::next() {
   begin_ += size_;
+  // whole groups, and no more than the first block holds: the others hold no more
+  const int64_t padded = std::min(size_, lossless_padded(blocks_.numbers(first_block_)) - begin_);
   for (size_t p = 0; p < blocks_.tables.size(); ++p)
-    planes_[p].decode(blocks_.tables[p], size_ / kRansLanes, room_ + int64_t(p) * kRansBlocks * size_, size_,
+    planes_[p].decode(blocks_.tables[p], padded / kRansLanes, room_ + int64_t(p) * kRansBlocks * size_, size_,
                       blocks_.isa_);
 }
 

@@ -18,6 +18,7 @@ namespace {
 // Bytes of a result that passes the cache by: what is not in it anyway need not be read to be overwritten. Eight blocks
 // at once have lines in eight places, for which ordinary stores wait longer.
 constexpr int64_t kPastCache = 4 << 20, kPastCacheAtOnce = 2 << 20;
+constexpr int64_t kFarAway = 16 << 20; // bytes of a result whose sections are in no cache
 constexpr int64_t kTileRows = 16, kTileColumns = 128, kTile = kTileRows * kTileColumns;
 
 int threads_for(const LosslessBlocks &blocks, int64_t numbers) {
@@ -74,11 +75,15 @@ template <class Body> void each_piece(CodedPieces &coded, int64_t blocks, Range 
   }
 }
 
-// Small enough that all parts of a piece lie in L1. Of R8 eight blocks are under way; checksums and tiles want longer
-// pieces. An escape of P7 is looked for in each piece of its block.
-int64_t piece_size(const Compressed &c, bool long_ones) {
-  if (c.codec == kR8) return long_ones ? kTile : 512;
-  return c.codec == kP7 ? 4096 : kLosslessBlock;
+// Numbers of a block that are decoded at a time. Only what leaves past the cache in whole lines gains by pieces whose
+// parts lie in L1: a checksum costs more in pieces, streams of R8 are taken up again in each, and an escape of P7 is
+// looked for in each piece of its block.
+int64_t piece_size(const LosslessBlocks &blocks, bool lines, bool checked) {
+  constexpr int64_t kFewEscapes = 64; // of a block
+  const Compressed &c = blocks.c;
+  if (lines && c.codec == kR8) return checked || blocks.item == 1 ? 2048 : 1024; // eight blocks are under way
+  if (lines && c.codec == kP7 && c.escapes <= kFewEscapes * blocks.count) return 4096;
+  return kLosslessBlock;
 }
 
 // Where decoded numbers go: large results pass the cache by. Without `out` nothing is kept.
@@ -119,25 +124,25 @@ void decode_all(LosslessBlocks &blocks, Range range, uint8_t *out, bool checked,
   const int64_t item = blocks.item, bytes = range.count * item;
   const Destination to_out{blocks, range, out, bytes > (at_once ? kPastCacheAtOnce : kPastCache)};
   const bool staged = to_out.tiles || to_out.stream || !out;
-  const bool direct = to_out.stream && reinterpret_cast<uintptr_t>(to_out.of(0, 0)) % 64 == 0; // lines are whole
+  const bool aligned = out && reinterpret_cast<uintptr_t>(to_out.of(0, 0)) % 64 == 0; // its lines are whole
   const int threads = threads_for(blocks, range.count);
-  const int64_t size = piece_size(c, to_out.tiles || checked);
+  const int64_t size = piece_size(blocks, aligned && to_out.stream, checked);
   const int64_t stride = RansBf16::kPiece * item + 64; // of blocks at once: not all in the same set of the cache
-  blocks.ahead = bytes > kPastCache;
-  if (blocks.ahead && out) ask_for_huge_pages(out, size_t(bytes));
+  blocks.ahead = to_out.stream || bytes > kFarAway;
+  if (bytes > kPastCache && out) ask_for_huge_pages(out, size_t(bytes));
   const ThreadRoom coded_rooms(threads, CodedPieces::room(blocks, size));
   const ThreadRoom rooms(threads, std::max(staged ? size * item : 0, at_once ? kRansBlocks * stride : 0));
 
   const auto eight_at_once = [&](int64_t first, int thread) {
-    const BlockLines room = {rooms.of(thread), stride}, none;
     RansBf16 eight(c, blocks.tables[0], first);
     for (int64_t from = 0, to; from < kLosslessBlock; from = to) {
       to = from + RansBf16::kPiece;
-      const BlockLines lines = direct ? BlockLines{to_out.of(first, from), kLosslessBlock * item} : none;
-      eight.next(checked || !direct ? room : none, lines);
+      BlockLines cached = {rooms.of(thread), stride}, past;
+      if (aligned) (to_out.stream ? past : cached) = BlockLines{to_out.of(first, from), kLosslessBlock * item};
+      eight.next(past.out && !checked ? BlockLines{} : cached, past);
       for (int64_t at = 0; at < kRansBlocks; ++at) {
-        check(first + at, at, from, to, room.of(at), thread);
-        if (!direct) to_out.take(first + at, from, to, room.of(at));
+        check(first + at, at, from, to, cached.of(at), thread);
+        if (!aligned) to_out.take(first + at, from, to, cached.of(at));
       }
     }
   };

@@ -51,7 +51,7 @@ void by_block(const Rows &rows) {
   for (size_t i = 0; i < order.size(); ++i) order[i] = int64_t(i);
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rows.index[a] < rows.index[b]; });
   const std::vector<int64_t> touched = touched_blocks(rows, order);
-  std::vector<size_t> runs = {0}; // where each run of up to four neighbouring blocks begins, and the end
+  std::vector<size_t> runs = {0}; // where each run of up to together() neighbouring blocks begins, and the end
   for (size_t i = 1; i <= touched.size(); ++i)
     if (i == touched.size() || touched[i] != touched[i - 1] + 1 || i - runs.back() == size_t(blocks.together()))
       runs.push_back(i);

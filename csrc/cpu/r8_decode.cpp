@@ -4,6 +4,9 @@
 #include "r8_decode_avx512.h"
 #include "r8_literals.h"
 
+#include <algorithm>
+#include <cstring>
+
 namespace fastloss {
 namespace scalar {
 namespace {

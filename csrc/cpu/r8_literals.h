@@ -2,9 +2,6 @@
 #pragma once
 #include "r8_decode.h"
 
-#include <algorithm>
-#include <cstring>
-
 namespace fastloss {
 namespace {
 

@@ -70,6 +70,7 @@ MAKERS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
     "normal": normal, "uniform": uniform_bits, "escapes": mostly_normal, "constant": constant,
     "zeros": lambda count, dtype: torch.zeros(count).to(dtype),
     "bf16 in fp32": lambda count, dtype: normal(count, dtype).to(torch.bfloat16).to(dtype),
+    "all planes coded": lambda count, dtype: (uniform_bits(count, dtype).view(torch.uint8) & 0x55).view(dtype),
 }  # fmt: skip
 
 
@@ -214,15 +215,55 @@ def test_large(codec: Codec, times: int, kind: str) -> None:
         assert (room[:skipped] == 0.5).all() and room[-1] == 0.5
 
 
+def few_escapes(count: int, dtype: torch.dtype) -> Tensor:
+    """One exponent, and more rare ones than a table of pairs has room for."""
+    return torch.where(torch.arange(count) % 64 == 5, uniform_bits(count, dtype).float(), 1.5).to(dtype)
+
+
+MAKERS["few escapes"] = few_escapes
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "codec"),
+    [
+        ("escapes", torch.float8_e4m3fn, Codec.R8),
+        ("escapes", torch.float16, Codec.R8),
+        ("all planes coded", torch.bfloat16, Codec.R8),
+        ("all planes coded", torch.float32, Codec.R8),
+        ("few escapes", torch.bfloat16, Codec.P7),
+        ("few escapes", torch.float32, Codec.P7),
+    ],
+)
+def test_large_in_pieces(kind: str, dtype: torch.dtype, codec: Codec, skipped: int) -> None:
+    """What passes the cache by is decoded in pieces of a block, but for lines that are not whole."""
+    x, block = made(kind, BLOCK, dtype, codec)
+    if codec == Codec.P7:
+        assert 0 < block.plan[PLAN_HEAD + 2 * Section.ESCAPE_POSITIONS + 1] // 2 <= 64
+    times = 5 * 2**20 // (BLOCK * dtype.itemsize)
+    c, want = repeated(block, times), bits(x).repeat(times)
+    out = torch.zeros(c.numel() + 64, dtype=dtype)[skipped : c.numel() + skipped]
+    lossless_decode_into(c.blob, c.plan, out)
+    assert torch.equal(bits(out), want)
+    bits(out).zero_()
+    assert lossless_decode_checked(c.blob, c.plan, out) == -1
+    assert torch.equal(bits(out), want)
+    for first in (BLOCK + 64, 3 * BLOCK + 2049):
+        whole = slice(first * dtype.itemsize, (c.numel() - 3) * dtype.itemsize)
+        assert torch.equal(bits(decoded(c, first, c.numel() - 3 - first)), want[whole])
+
+
 def test_bad_block_of_many() -> None:
     """The first of two wrong checksums, wherever its block stands among those that are decoded side by side."""
-    c = repeated(made("normal", BLOCK, torch.bfloat16, Codec.R8)[1], 19)
-    at = c.header.sections[Section.BLOCK_CRC][0]
-    for first, second in ((0, 7), (3, 4), (7, 8), (15, 18), (17, 18)):
-        blob = c.blob.clone()
-        blob[at + 4 * first] ^= 1
-        blob[at + 4 * second] ^= 1
-        assert lossless_verify(blob, c.plan, c.dtype) == first
+    for dtype in (torch.bfloat16, torch.float8_e5m2):
+        c = repeated(made("normal", BLOCK, dtype, Codec.R8)[1], 19)
+        at = c.header.sections[Section.BLOCK_CRC][0]
+        for first, second in ((0, 7), (3, 4), (7, 8), (15, 18), (17, 18)):
+            blob = c.blob.clone()
+            blob[at + 4 * first] ^= 1
+            blob[at + 4 * second] ^= 1
+            assert lossless_verify(blob, c.plan, dtype) == first
+            assert lossless_decode_checked(blob, c.plan, torch.empty(c.numel(), dtype=dtype)) == first
 
 
 @BOTH
