@@ -12,7 +12,7 @@ from torch import Tensor
 from fastloss import backend_cpp, lossless, registry
 from fastloss.compiled import _C, MISSING
 from fastloss.lossless import cpp_encode, cpp_r8
-from fastloss.lossless.contract import BLOCK, NUMBERS
+from fastloss.lossless.contract import BLOCK, NUMBERS, Codec, Section, blocks_of, padded
 from fastloss.lossless.reference_r8 import byte_split
 from lossless_cases import CODED, constant, every_pattern, mostly_normal, normal, uniform_bits
 
@@ -87,6 +87,87 @@ def test_the_same_blob(dtype: torch.dtype, sampled: None, monkeypatch: pytest.Mo
             assert torch.equal(got, want) and within
             assert got.untyped_storage().nbytes() == got.numel()
         backend_cpp.ISA = -1
+
+
+@pytest.mark.parametrize("dtype", CODED[:3], ids=str)
+def test_raw_where_the_reference_is_raw(dtype: torch.dtype) -> None:
+    """Of sizes at which coding is just worth it: checksums of blocks, which raw numbers have too, do not count."""
+    found = set()
+    for count in range(100, 2600, 40):
+        x = (torch.rand(count, generator=torch.Generator().manual_seed(count)) + 1).to(dtype)
+        got = lossless.compress(x, "p7")
+        with registry.use_backend("reference"):
+            assert torch.equal(got.blob, lossless.compress(x, "p7").blob), count
+        found.add(got.codec)
+    assert len(found) == 2
+
+
+def test_raw_where_separate_passes_are_raw(sampled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise, ones = uniform_bits(20000, torch.bfloat16), torch.ones(20000).bfloat16()
+
+    def mixed(noisy: int) -> Tensor:
+        return torch.cat((noise[:noisy], ones[noisy:]))
+
+    coded, raw = 0, noise.numel()  # noisy numbers up to which R8 is smaller, and from which it is not
+    while raw - coded > 1:
+        middle = (coded + raw) // 2
+        header = lossless.CompressedTensor(by_passes(mixed(middle), monkeypatch)).header
+        coded, raw = (middle, raw) if header.codec == Codec.R8 else (coded, middle)
+    for noisy in (coded, raw):
+        assert torch.equal(lossless.compress(mixed(noisy), "r8").blob, by_passes(mixed(noisy), monkeypatch))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_is_written_past_the_room(threads: int) -> None:
+    """Room that ends anywhere: in the first thread's part, in the second's, or where whole vectors would go beyond it."""
+    torch.set_num_threads(threads)
+    x = switching(20 * BLOCK + 9, torch.bfloat16)
+    frequencies = cpp_r8.frequencies(cpp_encode.field_counts(x[: x.numel() // 2]))  # of numbers that change later on
+    block_crc = torch.empty(blocks_of(x.numel()), dtype=torch.int32)
+    most = 2 * padded(x.numel()) + 1024 * blocks_of(x.numel())
+
+    def encode(size: int) -> tuple[int | None, Tensor]:
+        around = torch.full((most + 4096,), 0xA5, dtype=torch.uint8)
+        room = {kind: torch.zeros(count, dtype=torch.uint8) for kind, count in cpp_encode.r8_sizes(x, 0).items()}
+        made = cpp_encode.r8_encode_within(x, frequencies, room | {Section.FIELD_DATA: around[:size]}, block_crc)
+        assert (around[size:] == 0xA5).all(), "written past the room"
+        return (made[0] if made else None), around
+
+    for backend_cpp.ISA in LEVELS:
+        written, want = encode(most)
+        assert written is not None
+        for size in (1, 127, 5000, written // 3, written - 20000, written - 65, written - 1, written):
+            again, data = encode(size)
+            assert again == (written if again is not None else None)
+            assert again is None or (size >= written and torch.equal(data[:written], want[:written]))
+        assert encode(written + 64)[0] == written
+
+
+@pytest.mark.parametrize("codec", ["r8", "p7"])
+def test_numbers_that_change_meanwhile(codec: str, sampled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the count and the encoding: other bytes than were counted are coded all the same, or refused."""
+    before, after = normal(20 * BLOCK + 9, torch.bfloat16), uniform_bits(20 * BLOCK + 9, torch.bfloat16)
+    name = f"{codec}_encode_within"
+    original = getattr(compress, name)
+    for first, then in ((before, after), (after, before), (before, before * 2.0**-60)):
+        x = first.clone()
+        with monkeypatch.context() as patch:
+            patch.setattr(compress, name, lambda x, *rest, new=then: (x.copy_(new), original(x, *rest))[1])
+            try:
+                blob = lossless.compress(x, codec)
+            except RuntimeError as error:
+                assert codec == "p7" and "changed while" in str(error)
+                continue
+        if blob.codec != Codec.RAW:
+            blob.verify()
+        assert torch.equal(blob.decompress().view(torch.int16), then.view(torch.int16))
+
+
+def test_sizes_in_a_compiled_function() -> None:
+    """TorchDynamo reads the Python between kernels: to it no member of an enum is in a range."""
+    x = normal(2 * BLOCK + 9, torch.bfloat16)
+    compiled = torch.compile(lambda x: (x + 1, cpp_encode.r8_sizes(x, 5)), backend="eager")
+    assert compiled(x)[1] == cpp_encode.r8_sizes(x, 5)
 
 
 @pytest.mark.parametrize("least", [1, 5000, 100_000])

@@ -66,7 +66,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such folder", os.fspath(Path(path).parent))
+        raise FileNotFoundError(errno.ENOENT, "No such folder", os.fspath(target.parent))
     return target
 
 

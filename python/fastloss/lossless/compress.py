@@ -76,7 +76,8 @@ def compress(
             )
         flat = to_tiles(_integers(flat), tensor.shape[1]).view(tensor.dtype)
     parts, within = (_p7 if chosen == Codec.P7 else _r8)(flat, tensor.dim())
-    if sum(-(-p.numel() // 64) * 64 for p in parts.values()) >= flat.numel() * flat.element_size():
+    coded = sum(-(-p.numel() // 64) * 64 for kind, p in parts.items() if kind != Section.BLOCK_CRC)  # raw has that too
+    if coded >= flat.numel() * flat.element_size():
         return _raw(flat if layout == "rows" else _flat(tensor), tensor.shape)
     if Section.BLOCK_CRC not in parts:
         parts[Section.BLOCK_CRC] = _crc(flat)

@@ -143,7 +143,7 @@ def section_bytes(kind: int, codec: int, number: int, numel: int, item: int) -> 
         return SLOTS
     if kind == Section.CODES:
         return whole // GROUP * 56
-    if kind == Section.ESCAPE_OFFSETS or kind in range(Section.FIELD_OFFSETS, Section.RAW, 3):
+    if kind in (Section.ESCAPE_OFFSETS, *range(Section.FIELD_OFFSETS, Section.RAW, 3)):
         return 8 * (blocks + 1)
     if kind in (Section.BYTES0, Section.BYTES1, Section.BYTES2):
         return whole

@@ -99,7 +99,7 @@ def room(
         places[kind] = at
         at = _aligned(at + size)
     if memory is not None:  # the blob's own storage ends where it does
-        blob = torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=at + SLACK)
+        blob = torch.from_numpy(memory.numpy()[: at + SLACK])
     elif device.type == "cpu" and at >= _WORTH_KEEPING:
         blob = kept_memory.empty((at + SLACK,), torch.uint8)
     else:
