@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastloss import registry
-from fastloss.lossless import CompressedLinear, CompressedTensor, compress, compressed_linear, crossover
-from lossless_cases import bits
+from fastloss.lossless import CompressedTensor, compress, compressed_linear, crossover
+from lossless_layers import COLUMNS, DTYPES, ROWS, matrix, pair, same
 from tolerance import check_close
-
-ROWS, COLUMNS = 48, 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def matrix(dtype: torch.dtype = torch.float32, rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert torch.equal(bits(a), bits(b))
-
-
-def pair(dtype: torch.dtype = torch.float32, bias: bool = True, **options: Any) -> tuple[nn.Linear, CompressedLinear]:
-    torch.manual_seed(1)
-    dense = nn.Linear(COLUMNS, ROWS, bias=bias, dtype=dtype)
-    return dense, CompressedLinear.from_linear(copy.deepcopy(dense), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

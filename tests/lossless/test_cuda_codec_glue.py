@@ -8,19 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_lossless_checks as checks
 from cuda_host import build
 from fastloss import backend_cuda
 from fastloss.lossless import cuda_codec, cuda_encode
-from gpu_lossless_checks import (
-    blobs,
-    check_checked,
-    check_crc32c,
-    check_decode,
-    check_encoders,
-    check_hostile,
-    check_rows,
-    check_tiles,
-)  # fmt: skip
 from lossless_cases import CODED, mostly_normal
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"CUDA on the host: {build.why_not()}")
@@ -116,23 +107,23 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", CODED, ids=str)
 def test_decode_and_rows(dtype: torch.dtype) -> None:
-    for made in blobs(dtype, 129 * 30, 129):
-        check_decode("cuda", "cpu", made)
-        check_rows("cuda", "cpu", made)
-    check_hostile("cuda", "cpu", dtype)
+    for made in checks.blobs(dtype, 129 * 30, 129):
+        checks.check_decode("cuda", "cpu", made)
+        checks.check_rows("cuda", "cpu", made)
+    checks.check_hostile("cuda", "cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_checked(dtype: torch.dtype) -> None:
-    check_tiles("cuda", "cpu", dtype)
-    for made in blobs(dtype, 16384 + 200):
-        check_checked("cuda", "cpu", made)
+    checks.check_tiles("cuda", "cpu", dtype)
+    for made in checks.blobs(dtype, 16384 + 200):
+        checks.check_checked("cuda", "cpu", made)
 
 
 def test_crc32c() -> None:
-    check_crc32c("cuda", "cpu")
+    checks.check_crc32c("cuda", "cpu")
 
 
 @pytest.mark.parametrize("dtype", CODED, ids=str)
 def test_encoders(dtype: torch.dtype) -> None:
-    check_encoders("cuda", "cpu", mostly_normal(16384 + 129, dtype))
+    checks.check_encoders("cuda", "cpu", mostly_normal(16384 + 129, dtype))

@@ -19,26 +19,7 @@ from fastloss.lossless import (
     compress,
 )
 from fastloss.lossless.layers import CompressedWeight
-from lossless_cases import bits
-
-ROWS, COLUMNS = 48, 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def matrix(dtype: torch.dtype = torch.float32, rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert torch.equal(bits(a), bits(b))
-
-
-def pair(dtype: torch.dtype = torch.float32, bias: bool = True, **options: Any) -> tuple[nn.Linear, CompressedLinear]:
-    torch.manual_seed(1)
-    dense = nn.Linear(COLUMNS, ROWS, bias=bias, dtype=dtype)
-    return dense, CompressedLinear.from_linear(copy.deepcopy(dense), **options)
+from lossless_layers import COLUMNS, DTYPES, ROWS, matrix, pair, same
 
 
 def test_layer_reads_like_a_linear() -> None:

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastloss.triton_kernels import bit_tiles, lowbit_matmul, quantize_groups
+import triton
+import triton.language as tl
+from fastloss.triton_kernels import (
+    binarize_surrogates,
+    bit_tiles,
+    lowbit_matmul,
+    lowbit_matmul_kernels,
+    quantize_groups,
+)
 from fastloss.triton_kernels.linear_row_stats import Tile
 
 import fastloss
 import quant_cases
+from fastloss.quant import reference_bits, reference_quant
+from fastloss.quant.contract import Surrogate
+from fastloss.quant.surrogates import BY_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinities
 OPS = torch.ops.fastloss
@@ -68,6 +79,64 @@ def test_float32_rows_lose_nothing() -> None:
         assert torch.equal(y, x[[0, 3]] * torch.tensor([1.0, -1.0, -1.0]))
         y = OPS.lowbit_matmul(x[1:3], *args)
     assert y[0, 0] == float("inf") and y[1].isnan().all()
+
+
+@triton.jit
+def _slopes(u, out, p0, p1, waves, SURROGATE: tl.constexpr, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)[None, :]
+    tl.store(out + at, binarize_surrogates.slope(tl.load(u + at), p0, p1, waves, SURROGATE))
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_binarize_surrogates_alone(name: str) -> None:
+    """Every slope, at and beside its kinks and far from them, in fp32 against the reference's in fp64."""
+    kind, p0, p1 = BY_NAME[name]()
+    assert getattr(binarize_surrogates, kind.name).value == kind and len(Surrogate) == 7
+    beside = [
+        0.0,
+        -0.0,
+        0.0999,
+        0.1001,
+        1.0,
+        -1.0,
+        1.4999,
+        1.5001,
+        30.0,
+        -30.0,
+        1e9,
+        1e-9,
+        0.5,
+    ]  # of fp32 0.1 is no number
+    u = torch.cat((torch.linspace(-2, 2, 115), torch.tensor(beside)))
+    got = torch.full_like(u, float("nan"))
+    _slopes[(1,)](u, got, p0, p1, int(p1) + 1, int(kind), u.numel())
+    want = reference_quant.slope(u.double(), int(kind), p0, p1)
+    assert want.abs().max() > 0
+    near = u.abs() < 1e6 if kind in (Surrogate.BIPER, Surrogate.FDA) else torch.ones_like(u, dtype=torch.bool)
+    torch.testing.assert_close(got[near].double(), want[near], rtol=2e-5, atol=2e-4)
+
+
+@triton.jit
+def _weight_tile(words, out, rows, row_words, column, WEIGHTS: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):  # fmt: skip
+    r = tl.arange(0, ROWS)
+    tile = lowbit_matmul_kernels.weight_tile(
+        words, tl.minimum(r, rows - 1), column, rows, row_words, WEIGHTS, OFFSET, ROWS, COLUMNS, tl.float32
+    )
+    tl.store(out + r[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], tile)
+
+
+@pytest.mark.parametrize("name", sorted(quant_cases.KINDS))
+def test_lowbit_matmul_kernels_read_weights(name: str) -> None:
+    """The integers that planes of bits stand for, from any word on."""
+    planes, weights, offset = quant_cases.packed(5, 700, name), quant_cases.KINDS[name][3], quant_cases.KINDS[name][4]
+    want = reference_bits.values(planes, 700, weights, offset)
+    words = planes.contiguous().view(torch.int32)
+    for column in (0, 64, 608):
+        got = torch.full((8, 64), float("nan"))
+        _weight_tile[(1,)](words, got, 5, words.shape[-1], column, tuple(weights), offset, 8, 64)
+        assert torch.equal(got[:5].double(), want[:, column : column + 64].double())
+        assert torch.equal(got[5:], got[4].expand(3, -1))
 
 
 def test_a_walk_covers_the_matrix() -> None:
